@@ -1,0 +1,439 @@
+"""What goes over the wire, as pydantic models, and what can be asked of it.
+
+What is sent (`Task`) is strict: unknown fields and what JSON can't say are refused when the object
+is made. What is received is easy: unknown fields are kept, missing counters are 0, and a status that
+this version does not know stays text, so that a newer server does not break an older client.
+"""
+
+import json
+from datetime import datetime, timezone
+from enum import Enum
+from typing import Any, Dict, List, Optional, Union
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+__all__ = [
+    "Batch",
+    "BatchCost",
+    "BatchList",
+    "BulkTaskResponse",
+    "CalendarInterval",
+    "HealthResponse",
+    "HealthStatus",
+    "ServiceStatus",
+    "StatsSummary",
+    "Task",
+    "TaskResponse",
+    "TaskStatsResponse",
+    "TaskStatus",
+    "TimeSeriesDataPoint",
+    "Usage",
+    "UsageStatsResponse",
+]
+
+
+class _TextEnum(str, Enum):
+    """Prints as its value on every Python; left alone, ``str()`` and ``format()`` differ from 3.8 to 3.12."""
+
+    __str__ = str.__str__
+
+
+class TaskStatus(_TextEnum):
+    """Where a task is; for a batch, see `Batch.batch_status`."""
+
+    PENDING = "PENDING"
+    PROCESSING = "PROCESSING"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+
+
+class HealthStatus(_TextEnum):
+    """The state of the server, or of one of the services under it."""
+
+    HEALTHY = "healthy"
+    UNHEALTHY = "unhealthy"
+
+
+class CalendarInterval(_TextEnum):
+    """The size of a time bucket in `SynthgenClient.get_batch_stats`."""
+
+    MINUTE = "minute"
+    MINUTE_SHORT = "1m"
+    HOUR = "hour"
+    HOUR_SHORT = "1h"
+    DAY = "day"
+    DAY_SHORT = "1d"
+    WEEK = "week"
+    WEEK_SHORT = "1w"
+    MONTH = "month"
+    MONTH_SHORT = "1M"
+    QUARTER = "quarter"
+    QUARTER_SHORT = "1q"
+    YEAR = "year"
+    YEAR_SHORT = "1y"
+
+
+# Left to right: pydantic's smart mode would give plain text for the known statuses too.
+_Status = Field(union_mode="left_to_right")
+
+
+# ---------------------------------------------------------------------------------------------- sent
+
+
+class Task(BaseModel):
+    """One LLM call to make.
+
+    A field that can't be sent as JSON (NaN, a set, a lone surrogate) is refused by its name, as a
+    ``pydantic.ValidationError``. Neither such an error nor the ``repr`` shows the ``api_key``.
+    """
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    #: Your name for the task; its result carries it too. It need not be unique.
+    custom_id: Optional[str] = None
+    method: str = "POST"
+    #: The provider's endpoint, e.g. ``https://api.openai.com/v1/chat/completions``, as the server reaches it.
+    url: str
+    #: The provider's key; sent to it as ``Authorization: Bearer``.
+    api_key: Optional[str] = Field(default=None, repr=False)
+    #: The JSON object that the provider is sent.
+    body: Dict[str, Any]
+    #: A label to file the task under.
+    dataset: Optional[str] = None
+    #: Anything that you want to find again beside the result.
+    source: Optional[Dict[str, Any]] = None
+    #: Take the answer to an identical earlier call, at no cost, where the server has one.
+    use_cache: bool = True
+    #: Let the server say PROCESSING while the call is running; without it the status goes from PENDING to the end.
+    track_progress: bool = True
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _without_inputs(cls, data: Any, handler: Any) -> Any:
+        return _hiding_inputs(handler, data)
+
+    @classmethod
+    def model_validate_json(cls, json_data: Union[str, bytes, bytearray], **kwargs: Any) -> "Task":
+        """A task from its JSON text; what is not JSON is not shown in the error."""
+        task: Task = _hiding_inputs(super().model_validate_json, json_data, **kwargs)
+        return task
+
+    @field_validator("custom_id", "method", "url", "api_key", "body", "dataset", "source")
+    @classmethod
+    def _is_json(cls, value: Any) -> Any:
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise ValueError(f"can't be sent as JSON: {exc}") from None
+        return value
+
+    @field_validator("url")
+    @classmethod
+    def _is_http(cls, url: str) -> str:
+        if not url.lower().startswith(("http://", "https://")):
+            raise ValueError("must be a whole URL that starts with http:// or https://")
+        return url
+
+    @field_validator("api_key")
+    @classmethod
+    def _fits_header(cls, api_key: Optional[str]) -> Optional[str]:
+        if api_key is not None and not is_header_value(api_key):
+            raise ValueError("can't be sent in a header: it has a line break, spaces around it, or is not Latin-1")
+        return api_key
+
+    def to_line(self) -> bytes:
+        """The task as one line of the JSONL that is uploaded: ASCII, every field, no newline.
+
+        Raises:
+            TypeError, ValueError: The ``body`` was changed to something that JSON can't say.
+        """
+        return json.dumps(dict(self), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def _hiding_inputs(validate: Any, data: Any, **kwargs: Any) -> Any:
+    """Call a validator; its errors keep their places and texts, and lose the inputs, which hold keys."""
+    try:
+        return validate(data, **kwargs)
+    except ValidationError as exc:
+        title, errors = exc.title, exc.errors(include_url=False)
+    # Out of the handler, so that the first error is not this one's context.
+    details = [
+        InitErrorDetails(type=PydanticCustomError(e["type"], "{msg}", {"msg": e["msg"]}), loc=e["loc"], input=None)
+        for e in errors
+    ]
+    raise ValidationError.from_exception_data(title, details, hide_input=True)
+
+
+def is_header_value(text: str) -> bool:
+    """Whether a key can go into an HTTP header as it is."""
+    try:
+        text.encode("latin-1")
+    except UnicodeEncodeError:
+        return False
+    return text.isprintable() and text == text.strip()
+
+
+# ------------------------------------------------------------------------------------------ received
+
+
+class _Received(BaseModel):
+    model_config = ConfigDict(extra="allow", populate_by_name=True, protected_namespaces=())
+
+
+class BulkTaskResponse(_Received):
+    """What was submitted."""
+
+    batch_id: str
+    #: How many tasks were sent.
+    total_tasks: int = 0
+
+
+class Usage(_Received):
+    """What one call used, in tokens, as its provider counted them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+
+
+class TaskResponse(_Received):
+    """A task as the server knows it, with its result once there is one."""
+
+    #: The server's name for the task.
+    message_id: str
+    batch_id: Optional[str] = None
+    #: Your name for the task. The framework's export leaves it out; `SynthgenClient.monitor_batch` puts it back.
+    custom_id: Optional[str] = None
+    status: Union[TaskStatus, str] = _Status
+    #: Where the call went; the embedded server says so, the framework does not.
+    url: Optional[str] = None
+    method: Optional[str] = None
+    #: What the provider was sent.
+    body: Optional[Dict[str, Any]] = None
+    #: What the provider answered; ``{"error": ...}`` for a failed task; empty or None before the end.
+    completions: Any = None
+    #: Whether the answer was that to an identical earlier call.
+    cached: bool = False
+    created_at: Optional[datetime] = None
+    started_at: Optional[datetime] = None
+    #: Set while the task is PROCESSING, too: look at ``status``.
+    completed_at: Optional[datetime] = None
+    #: How long the call took, in milliseconds; of a cached task, how long the original took.
+    duration: Union[int, float, None] = None
+    dataset: Optional[str] = None
+    source: Any = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the task was completed."""
+        return self.status == TaskStatus.COMPLETED
+
+    @property
+    def content(self) -> Optional[str]:
+        """The text of the first choice; None where there is none, as in a failed task."""
+        choice = _get(_get(self.completions, "choices"), 0)
+        text = _get(_get(choice, "message"), "content")
+        if text is None:
+            text = _get(choice, "text")  # the older completions API
+        return text if isinstance(text, str) else None
+
+    @property
+    def usage(self) -> Optional[Usage]:
+        """The tokens used; None where the provider did not say."""
+        usage = _get(self.completions, "usage")
+        try:
+            return Usage.model_validate(usage)
+        except ValidationError:
+            return None
+
+    @property
+    def error(self) -> Optional[str]:
+        """Why the task failed; None for one that did not."""
+        if self.status != TaskStatus.FAILED:
+            return None
+        error = _get(self.completions, "error")
+        message = _get(error, "message") or error
+        return str(message) if message else "no reason given"
+
+
+def _get(container: Any, key: Any) -> Any:
+    """``container[key]``, or None where a provider's answer has another shape."""
+    try:
+        return container[key]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+class BatchCost(BaseModel):
+    """What a batch cost, in the currency of the prices given."""
+
+    model_config = ConfigDict(frozen=True)
+
+    input: float = 0.0
+    output: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Input and output together."""
+        return self.input + self.output
+
+
+class Batch(_Received):
+    """A batch, as the server last described it."""
+
+    batch_id: str
+    #: PROCESSING if any task is; else PENDING if any is; else FAILED if any failed; else COMPLETED.
+    #: While an upload is still being ingested the framework says COMPLETED too early: see `done`.
+    batch_status: Union[TaskStatus, str] = _Status
+    #: Grows while the server ingests the upload.
+    total_tasks: int = 0
+    #: Without the cached ones.
+    completed_tasks: int = 0
+    failed_tasks: int = 0
+    pending_tasks: int = 0
+    processing_tasks: int = 0
+    cached_tasks: int = 0
+    created_at: Optional[datetime] = None
+    started_at: Optional[datetime] = None
+    completed_at: Optional[datetime] = None
+    #: From the first creation to the last completion, in whole seconds; None while nothing has completed.
+    duration: Union[int, float, None] = None
+    #: Tokens are those paid for: cached tasks count none.
+    total_tokens: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def finished_tasks(self) -> int:
+        """How many tasks have an outcome: completed, cached or failed."""
+        return self.completed_tasks + self.cached_tasks + self.failed_tasks
+
+    @property
+    def done(self) -> bool:
+        """Whether every task that the server knows of has an outcome.
+
+        More tasks may still be on their way into the batch; `SynthgenClient.monitor_batch` counts for itself.
+        """
+        waiting = self.pending_tasks + self.processing_tasks
+        return self.total_tasks > 0 and waiting == 0 and self.finished_tasks >= self.total_tasks
+
+    def cost(self, cost_by_1m_input_token: float = 0.0, cost_by_1m_output_token: float = 0.0) -> BatchCost:
+        """What the tokens so far cost, at these prices per million."""
+        return BatchCost(
+            input=self.prompt_tokens * cost_by_1m_input_token / 1e6,
+            output=self.completion_tokens * cost_by_1m_output_token / 1e6,
+        )
+
+
+class BatchList(_Received):
+    """All batches, newest first."""
+
+    total: int = 0
+    batches: List[Batch] = []
+
+
+class ServiceStatus(_Received):
+    """The services under the server, and the queues between them; None where an older server does not say."""
+
+    api: Union[HealthStatus, str, None] = Field(default=None, union_mode="left_to_right")
+    rabbitmq: Union[HealthStatus, str, None] = Field(default=None, union_mode="left_to_right")
+    elasticsearch: Union[HealthStatus, str, None] = Field(default=None, union_mode="left_to_right")
+    #: Who runs tasks, and how many tasks wait for them.
+    task_queue_consumers: Optional[int] = Field(
+        default=None, validation_alias=AliasChoices("task_queue_consumers", "queue_consumers")
+    )
+    task_queue_messages: Optional[int] = Field(
+        default=None, validation_alias=AliasChoices("task_queue_messages", "queue_messages")
+    )
+    #: Who ingests uploads, and how many uploads wait for them.
+    batch_queue_consumers: Optional[int] = None
+    batch_queue_messages: Optional[int] = None
+
+    @property
+    def queue_consumers(self) -> Optional[int]:
+        """The task queue's consumers."""
+        return self.task_queue_consumers
+
+
+class HealthResponse(_Received):
+    """The state of the server and what it stands on."""
+
+    status: Union[HealthStatus, str] = _Status
+    services: ServiceStatus = Field(default_factory=ServiceStatus)
+    error: Optional[str] = None
+
+
+class TaskStatsResponse(_Received):
+    """Counters over all tasks of the server."""
+
+    total_tasks: int = 0
+    completed_tasks: int = 0
+    failed_tasks: int = 0
+    cached_tasks: int = 0
+    processing_tasks: int = 0
+    pending_tasks: int = 0
+    total_tokens: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class TimeSeriesDataPoint(_Received):
+    """What ended within one time bucket."""
+
+    #: The start of the bucket, in UTC.
+    timestamp: datetime
+    total_tasks: int = 0
+    completed_tasks: int = 0
+    failed_tasks: int = 0
+    cached_tasks: int = 0
+    #: Cached tasks' tokens are counted here, unlike in a `Batch`.
+    total_tokens: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    #: Mean time per call, in milliseconds.
+    avg_duration_ms: Union[int, float] = 0
+    tokens_per_second: float = 0.0
+
+    @field_validator("timestamp")
+    @classmethod
+    def _in_utc(cls, timestamp: datetime) -> datetime:
+        return timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=timezone.utc)  # the wire names no zone
+
+
+class StatsSummary(_Received):
+    """The whole of the time range."""
+
+    total_tasks: int = 0
+    completed_tasks: int = 0
+    failed_tasks: int = 0
+    cached_tasks: int = 0
+    processing_tasks: int = 0
+    #: Cached tasks' tokens are counted here, unlike in a `Batch`.
+    total_tokens: int = 0
+    total_prompt_tokens: int = Field(default=0, validation_alias=AliasChoices("total_prompt_tokens", "prompt_tokens"))
+    total_completion_tokens: int = Field(
+        default=0, validation_alias=AliasChoices("total_completion_tokens", "completion_tokens")
+    )
+    #: Mean time per call, in milliseconds.
+    average_response_time: Union[int, float] = 0
+    tokens_per_second: float = 0.0
+    #: cached / (completed + cached + failed), from 0 to 1; 0 when nothing has ended.
+    cache_hit_rate: float = 0.0
+
+    @model_validator(mode="after")
+    def _count_cache_hits(self) -> "StatsSummary":
+        # Counted here: the server sends a percentage of a total that stops at 10,000.
+        ended = self.completed_tasks + self.cached_tasks + self.failed_tasks
+        self.cache_hit_rate = self.cached_tasks / ended if ended else 0.0
+        return self
+
+
+class UsageStatsResponse(_Received):
+    """A batch over time."""
+
+    time_range: str = ""
+    interval: str = ""
+    current_time: Optional[datetime] = None
+    time_series: List[TimeSeriesDataPoint] = []
+    summary: StatsSummary = Field(default_factory=StatsSummary)

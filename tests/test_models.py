@@ -1,0 +1,384 @@
+"""Models: strict in what is sent, easy in what is received."""
+
+import json
+import pickle
+import traceback
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from synthgen.models import (
+    Batch,
+    BatchList,
+    CalendarInterval,
+    HealthResponse,
+    HealthStatus,
+    ServiceStatus,
+    StatsSummary,
+    Task,
+    TaskResponse,
+    TaskStatsResponse,
+    TaskStatus,
+    TimeSeriesDataPoint,
+    UsageStatsResponse,
+)
+
+URL = "http://provider.test/v1/chat/completions"
+KEY = "sk-never-to-be-seen"
+
+texts = st.text(st.characters(blacklist_categories=["Cs"]))
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(texts, values, max_size=3),
+    max_leaves=10,
+)
+bodies = st.dictionaries(texts, json_values, max_size=3)
+
+
+def task(**fields):
+    return Task(**{"url": URL, "body": {}, **fields})
+
+
+def refusal(**fields):
+    with pytest.raises(ValidationError) as caught:
+        task(**fields)
+    return caught.value
+
+
+# ---------------------------------------------------------------------------------------------- sent
+
+
+@given(body=bodies, source=st.none() | bodies, custom_id=st.none() | texts, dataset=st.none() | texts)
+def test_a_task_is_sent_as_one_ascii_line_that_says_the_same(body, source, custom_id, dataset):
+    """Whatever a task holds, its line is ASCII without a newline, and reads back equal."""
+    made = task(body=body, source=source, custom_id=custom_id, dataset=dataset)
+
+    line = made.to_line()
+
+    assert line.isascii() and b"\n" not in line
+    assert json.loads(line) == made.model_dump()
+    assert Task.model_validate_json(line) == made
+
+
+def test_a_line_holds_every_field():
+    """A server takes an absent use_cache for false, so nothing is left out."""
+    assert json.loads(task().to_line()) == {
+        "custom_id": None,
+        "method": "POST",
+        "url": URL,
+        "api_key": None,
+        "body": {},
+        "dataset": None,
+        "source": None,
+        "use_cache": True,
+        "track_progress": True,
+    }
+
+
+def test_integer_keys_are_sent_as_text():
+    """JSON knows no other keys."""
+    assert json.loads(task(body={"logit_bias": {50256: -100}}).to_line())["body"] == {"logit_bias": {"50256": -100}}
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("-inf"), {1, 2}, b"bytes", datetime(2026, 1, 1), "\ud800", {"\udfff": 1}, {(1, 2): 3}]
+)
+@pytest.mark.parametrize("field", ["body", "source"])
+def test_what_json_cannot_say_is_refused_by_its_field(field, value):
+    """The error comes when the task is made, and names the field."""
+    (error,) = refusal(**{field: {"deep": [{"down": value}]}}).errors()
+
+    assert error["loc"] == (field,)
+    assert "JSON" in error["msg"]
+
+
+def test_a_body_that_holds_itself_is_refused():
+    """A cycle has no end in JSON."""
+    body = {}
+    body["self"] = body
+
+    assert refusal(body=body).errors()[0]["loc"] == ("body",)
+
+
+@pytest.mark.parametrize("field", ["custom_id", "method", "url", "api_key", "dataset"])
+def test_a_lone_surrogate_is_refused_in_any_text(field):
+    """It has no UTF-8, and would be refused by the server, with all else in the chunk."""
+    assert refusal(**{field: URL + "\ud800"}).errors()[0]["loc"] == (field,)
+
+
+def test_an_unknown_field_is_refused():
+    """A mistyped option would be ignored by the server, and paid for."""
+    (error,) = refusal(use_cahce=False).errors()
+
+    assert error["loc"] == ("use_cahce",)
+
+
+@pytest.mark.parametrize("missing", ["url", "body"])
+def test_a_task_needs_a_url_and_a_body(missing):
+    """What is missing is named."""
+    fields = {"url": URL, "body": {}}
+    del fields[missing]
+
+    with pytest.raises(ValidationError) as caught:
+        Task(**fields)
+
+    assert caught.value.errors()[0]["loc"] == (missing,)
+
+
+@pytest.mark.parametrize("url", ["", "provider.test/v1", "ftp://provider.test", "/v1/chat/completions"])
+def test_a_url_that_is_not_http_is_refused(url):
+    """The server could only fail with it, later and for every task."""
+    assert "http" in refusal(url=url).errors()[0]["msg"]
+
+
+@pytest.mark.parametrize("key", [KEY + "\n", KEY + "\r\nX: y", " " + KEY, KEY + "\u20ac"])
+def test_a_key_that_cannot_be_a_header_is_refused_unseen(key):
+    """The error says what is wrong with the key, and does not show it."""
+    error = refusal(api_key=key)
+
+    assert error.errors()[0]["loc"] == ("api_key",)
+    assert KEY not in str(error)
+
+
+def test_the_key_is_in_no_text_of_a_task():
+    """Tasks get printed and logged; keys must not."""
+    made = task(api_key=KEY)
+
+    assert KEY not in repr(made) + str(made) + f"{made}"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"api_key": KEY, "url": "nowhere"},
+        {"api_key": KEY, "unknown": KEY},
+        {"api_key": [KEY]},
+        {"api_key": KEY, "body": {"nan": float("nan")}},
+        {"api_key": KEY + "\n"},
+    ],
+)
+def test_the_key_is_in_no_form_of_a_refusal(fields):
+    """Not in the text, the list of errors, their JSON, the traceback, or a pickle of the texts."""
+    error = refusal(**fields)
+
+    shown = [str(error), repr(error), str(error.errors()), error.json()]
+    shown += traceback.format_exception(type(error), error, error.__traceback__)
+    assert KEY not in "".join(shown)
+    assert error.__cause__ is None and error.__context__ is None
+
+
+@pytest.mark.parametrize("text", ['{"api_key": "KEY", ', '{"api_key": "KEY", "url": 1}', '["KEY"]'])
+def test_the_key_is_in_no_refusal_of_json_text(text):
+    """A broken line of a file is refused without being shown."""
+    with pytest.raises(ValidationError) as caught:
+        Task.model_validate_json(text.replace("KEY", KEY))
+
+    assert KEY not in str(caught.value) + str(caught.value.errors()) + caught.value.json()
+
+
+def test_a_body_changed_to_what_json_cannot_say_is_not_sent():
+    """The check when a task is made can't see later changes; the one when it is sent does."""
+    made = task(body={"temperature": 1})
+    made.body["temperature"] = float("nan")
+
+    with pytest.raises(ValueError):
+        made.to_line()
+
+
+def test_a_task_pickles_whole():
+    """A process pool may make the tasks."""
+    made = task(api_key=KEY, body={"a": [1]})
+
+    assert pickle.loads(pickle.dumps(made)) == made
+
+
+# ------------------------------------------------------------------------------------------ received
+
+
+@pytest.mark.parametrize("member", [*TaskStatus, *HealthStatus, *CalendarInterval], ids=str)
+def test_an_enum_prints_as_its_value(member):
+    """The same on every Python, however it is put into text."""
+    assert [str(member), f"{member}", "%s" % member, "{}".format(member)] == [member.value] * 4  # noqa: UP030,UP031,UP032
+    assert json.dumps(member) == json.dumps(member.value)
+
+
+@pytest.mark.parametrize(
+    "model, required",
+    [
+        (Batch, {"batch_id": "b", "batch_status": "COMPLETED"}),
+        (BatchList, {}),
+        (HealthResponse, {"status": "healthy"}),
+        (ServiceStatus, {}),
+        (StatsSummary, {}),
+        (TaskResponse, {"message_id": "m", "status": "COMPLETED"}),
+        (TaskStatsResponse, {}),
+        (TimeSeriesDataPoint, {"timestamp": "2026-11-22 11:00:00"}),
+        (UsageStatsResponse, {}),
+    ],
+)
+def test_an_answer_may_hold_less_and_more(model, required):
+    """Missing fields have defaults, unknown ones are kept, and the whole survives a pickle."""
+    received = model.model_validate({**required, "of_a_newer_server": [1]})
+
+    assert received.model_extra == {"of_a_newer_server": [1]}
+    assert all(getattr(received, name) == 0 for name in model.model_fields if name.endswith(("_tasks", "_tokens")))
+    assert pickle.loads(pickle.dumps(received)) == received
+
+
+@pytest.mark.parametrize("status", list(TaskStatus))
+def test_a_known_status_is_an_enum_member(status):
+    """In a task and in a batch."""
+    assert TaskResponse(message_id="m", status=status.value).status is status
+    assert Batch(batch_id="b", batch_status=status.value).batch_status is status
+
+
+def test_an_unknown_status_stays_text():
+    """A server with a new status does not break an old client."""
+    assert TaskResponse(message_id="m", status="PAUSED").status == "PAUSED"
+    assert Batch(batch_id="b", batch_status="PAUSED").batch_status == "PAUSED"
+    assert HealthResponse(status="degraded").status == "degraded"
+
+
+@pytest.mark.parametrize(
+    "text, microsecond",
+    [
+        ("2026-11-22T11:39:52.517865+00:00", 517865),
+        ("2026-11-22T11:39:52.524256310Z", 524256),
+        ("2026-11-22T11:39:52Z", 0),
+    ],
+)
+def test_both_forms_of_timestamps_are_instants(text, microsecond):
+    """The framework's API writes one, its worker another of nine digits."""
+    received = TaskResponse(message_id="m", status="COMPLETED", completed_at=text)
+
+    assert received.completed_at == datetime(2026, 11, 22, 11, 39, 52, microsecond, tzinfo=timezone.utc)
+
+
+def test_a_bucket_starts_in_utc():
+    """The wire names no zone."""
+    assert TimeSeriesDataPoint(timestamp="2026-11-22 11:00:00").timestamp.utcoffset() == timedelta(0)
+
+
+def completed(completions, status="COMPLETED"):
+    return TaskResponse(message_id="m", status=status, completions=completions)
+
+
+def test_the_content_is_the_text_of_the_first_choice():
+    """Of several, the first; of the older completions API, its text."""
+    chat = {"choices": [{"message": {"content": "x = 3"}}, {"message": {"content": "x = 4"}}]}
+
+    assert completed(chat).content == "x = 3"
+    assert completed({"choices": [{"text": "x = 3"}]}).content == "x = 3"
+
+
+@pytest.mark.parametrize(
+    "completions",
+    [None, {}, {"choices": []}, {"choices": None}, {"choices": [None]}, {"choices": [{"message": {"content": None}}]}],
+)
+def test_there_may_be_no_content(completions):
+    """Then it is None, not an error."""
+    assert completed(completions).content is None
+
+
+def test_the_usage_is_the_providers():
+    """Tokens it counted; None where it did not say."""
+    usage = completed({"usage": {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}}).usage
+
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (4, 5, 9)
+    assert completed({"choices": []}).usage is None
+
+
+@pytest.mark.parametrize(
+    "completions, error",
+    [
+        ({"error": "HTTP 400"}, "HTTP 400"),
+        ({"error": {"message": "context too long", "code": 400}}, "context too long"),
+        ({"error": {"code": 400}}, "{'code': 400}"),
+        (None, "no reason given"),
+    ],
+)
+def test_a_failed_task_says_why(completions, error):
+    """As text, whatever shape the provider gave it."""
+    failed = completed(completions, "FAILED")
+
+    assert failed.error == error
+    assert not failed.ok
+
+
+def test_a_completed_task_has_no_error():
+    """And is ok."""
+    assert completed({"choices": []}).ok
+    assert completed({"choices": []}).error is None
+
+
+@given(json_values, st.sampled_from(["COMPLETED", "FAILED", "PENDING", "PAUSED"]))
+def test_no_answer_of_a_provider_breaks_the_conveniences(completions, status):
+    """They look into whatever a provider sent."""
+    received = completed(completions, status)
+
+    assert received.content is None or isinstance(received.content, str)
+    assert received.error is None or isinstance(received.error, str)
+    assert received.usage is None or received.usage.total_tokens is not None
+
+
+def batch(**counts):
+    return Batch(batch_id="b", batch_status="COMPLETED", **counts)
+
+
+def test_a_batch_costs_its_tokens_at_the_prices_given():
+    """Prices are per million tokens."""
+    cost = batch(prompt_tokens=2_000_000, completion_tokens=500_000).cost(0.01, 0.04)
+
+    assert (cost.input, cost.output, cost.total) == pytest.approx((0.02, 0.02, 0.04))
+
+
+def test_a_batch_without_prices_costs_nothing():
+    """Prices are optional."""
+    assert batch(prompt_tokens=10, completion_tokens=10).cost().total == 0.0
+
+
+@pytest.mark.parametrize(
+    "counts, done",
+    [
+        ({}, False),
+        ({"total_tasks": 3, "completed_tasks": 1, "cached_tasks": 1, "failed_tasks": 1}, True),
+        ({"total_tasks": 3, "cached_tasks": 3}, True),
+        ({"total_tasks": 3, "completed_tasks": 2}, False),
+        ({"total_tasks": 3, "completed_tasks": 3, "pending_tasks": 1}, False),
+        ({"total_tasks": 3, "completed_tasks": 3, "processing_tasks": 1}, False),
+    ],
+)
+def test_a_batch_is_done_when_every_task_has_an_outcome(counts, done):
+    """Completed, cached or failed, and nothing waiting."""
+    assert batch(**counts).done is done
+
+
+def test_the_task_queue_has_two_names():
+    """Older servers say queue_consumers and queue_messages."""
+    older = ServiceStatus.model_validate({"queue_consumers": 3, "queue_messages": 7})
+    newer = ServiceStatus.model_validate({"task_queue_consumers": 3, "task_queue_messages": 7})
+
+    assert older == newer
+    assert older.queue_consumers == older.task_queue_consumers == 3
+    assert older.task_queue_messages == 7
+
+
+def test_the_summary_counts_its_cache_hits_itself():
+    """The server sends a percentage of a total that stops at 10,000; the ratio is of all that ended."""
+    summary = StatsSummary(completed_tasks=5, cached_tasks=3, failed_tasks=2, total_tasks=10, cache_hit_rate=120.0)
+
+    assert summary.cache_hit_rate == 0.3
+    assert f"{summary.cache_hit_rate:.2%}" == "30.00%"
+    assert StatsSummary().cache_hit_rate == 0.0
+
+
+def test_the_summary_takes_tokens_by_both_names():
+    """Older servers leave the total_ out."""
+    older = StatsSummary.model_validate({"prompt_tokens": 4, "completion_tokens": 5})
+    newer = StatsSummary.model_validate({"total_prompt_tokens": 4, "total_completion_tokens": 5})
+
+    assert (older.total_prompt_tokens, older.total_completion_tokens) == (4, 5)
+    assert older == newer
