@@ -1,0 +1,93 @@
+"""Run large batches of LLM calls through a Synthgen server.
+
+>>> from synthgen import SynthgenClient, Task
+>>> from synthgen.local import DemoProvider, LocalServer
+>>> with DemoProvider() as provider, LocalServer() as server, server.client() as client:
+...     task = Task(url=provider.url, body={"messages": [{"role": "user", "content": "solve 2x + 4 = 10"}]})
+...     results = client.monitor_batch([task], show_progress=False)
+>>> results[0].content
+'x = 3'
+"""
+
+import logging
+
+__version__ = "1.0.0"  # first: the modules below read it
+
+from .client import SynthgenClient
+from .exceptions import (
+    APIError,
+    AuthenticationError,
+    BatchIncompleteError,
+    BatchStalledError,
+    BatchTimeoutError,
+    BatchUploadError,
+    ConfigurationError,
+    ConnectionFailedError,
+    ErrorResponse,
+    InvalidRequestError,
+    InvalidResponseError,
+    MissingDependencyError,
+    NotFoundError,
+    RateLimitError,
+    ServerError,
+    SynthgenError,
+)
+from .models import (
+    Batch,
+    BatchCost,
+    BatchList,
+    BulkTaskResponse,
+    CalendarInterval,
+    HealthResponse,
+    HealthStatus,
+    ServiceStatus,
+    StatsSummary,
+    Task,
+    TaskResponse,
+    TaskStatsResponse,
+    TaskStatus,
+    TimeSeriesDataPoint,
+    Usage,
+    UsageStatsResponse,
+)
+from .monitor import Monitor
+
+__all__ = [
+    "APIError",
+    "AuthenticationError",
+    "Batch",
+    "BatchCost",
+    "BatchIncompleteError",
+    "BatchList",
+    "BatchStalledError",
+    "BatchTimeoutError",
+    "BatchUploadError",
+    "BulkTaskResponse",
+    "CalendarInterval",
+    "ConfigurationError",
+    "ConnectionFailedError",
+    "ErrorResponse",
+    "HealthResponse",
+    "HealthStatus",
+    "InvalidRequestError",
+    "InvalidResponseError",
+    "MissingDependencyError",
+    "Monitor",
+    "NotFoundError",
+    "RateLimitError",
+    "ServerError",
+    "ServiceStatus",
+    "StatsSummary",
+    "SynthgenClient",
+    "SynthgenError",
+    "Task",
+    "TaskResponse",
+    "TaskStatsResponse",
+    "TaskStatus",
+    "TimeSeriesDataPoint",
+    "Usage",
+    "UsageStatsResponse",
+    "__version__",
+]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())

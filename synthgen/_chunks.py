@@ -1,0 +1,51 @@
+"""Tasks, cut into uploads."""
+
+from itertools import chain
+from typing import Iterable, Iterator, List, Tuple
+
+from .models import Task
+
+__all__ = ["Chunks"]
+
+_MAX_BYTES = 8 * 1024 * 1024
+
+
+class Chunks:
+    """Cuts tasks into uploads, bounded by number and by bytes, and knows what it has not given out.
+
+    Attributes:
+        unsent: The tasks read from the iterable, and not given out.
+    """
+
+    def __init__(self, tasks: Iterable[Task], size: int) -> None:
+        self._tasks, self._size = iter(tasks), size
+        self._is_list = isinstance(tasks, (list, tuple))
+        self.unsent: List[Task] = []
+
+    def __iter__(self) -> Iterator[Tuple[List[Task], bytes]]:
+        lines: List[bytes] = []
+        length = 0
+        for task in self._tasks:
+            self.unsent.append(task)
+            if not isinstance(task, Task):
+                raise TypeError(f"tasks must be Task objects, not {type(task).__name__}")
+            line = task.to_line()
+            if lines and length + len(line) >= _MAX_BYTES:
+                yield self._cut(len(lines)), b"\n".join(lines)
+                lines, length = [], 0
+            lines.append(line)
+            length += len(line) + 1
+            if len(lines) >= self._size:
+                yield self._cut(len(lines)), b"\n".join(lines)
+                lines, length = [], 0
+        if lines:
+            yield self._cut(len(lines)), b"\n".join(lines)
+
+    def _cut(self, count: int) -> List[Task]:
+        chunk, self.unsent = self.unsent[:count], self.unsent[count:]
+        return chunk
+
+    def rest_after(self, unsent: List[Task]) -> Iterable[Task]:
+        """These, and what is still in the iterable; a list where that was one, so that it pickles."""
+        rest = chain(unsent, self._tasks)
+        return list(rest) if self._is_list else rest

@@ -1,0 +1,118 @@
+"""Settings: from arguments, the environment, or a JSON file, in this order."""
+
+import json
+import math
+import os
+from typing import Any, Dict, NamedTuple, Optional, Union
+from urllib.parse import urlsplit
+
+from .exceptions import ConfigurationError
+from .models import is_header_value
+
+__all__ = ["Config", "read_config"]
+
+_DEFAULT_BASE_URL = "http://localhost:8002"
+_DEFAULT_TIMEOUT = 3600.0
+_LONGEST_TIMEOUT = 2e6  # 23 days; a socket takes no more milliseconds than fit into 32 bits
+_FILE_KEYS = {
+    "base_url": 'a text such as "http://localhost:8002"',
+    "api_key": "a text",
+    "timeout": "a number of seconds such as 3600",
+}
+
+
+class Config(NamedTuple):
+    """Settings, checked."""
+
+    base_url: str
+    api_key: Optional[str]
+    timeout: float
+
+
+def read_config(
+    base_url: Optional[str],
+    api_key: Optional[str],
+    timeout: Optional[float],
+    config_file: Optional[Union[str, "os.PathLike[str]"]],
+) -> Config:
+    """The settings that hold, each from its argument, else the environment, else the file, else the default.
+
+    Raises:
+        ConfigurationError: One is malformed, or the file can't be read. It says where, and what would be right.
+    """
+    file = {} if config_file is None else _read_file(os.fspath(config_file))
+
+    def pick(name: str, argument: Any) -> Any:
+        if argument is not None:
+            return argument
+        return os.environ.get(f"SYNTHGEN_{name.upper()}") or file.get(name)
+
+    return Config(
+        _checked_base_url(pick("base_url", base_url)),
+        _checked_api_key(pick("api_key", api_key)),
+        _checked_timeout(pick("timeout", timeout)),
+    )
+
+
+def _read_file(path: str) -> Dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            config = json.load(file)
+    except OSError as exc:
+        raise ConfigurationError(f"configuration file {path}: {exc.strerror or exc}") from None
+    except (ValueError, RecursionError) as exc:  # not shown as the cause: it holds the whole file
+        raise ConfigurationError(f"configuration file {path} is not JSON: {exc}") from None
+    if not isinstance(config, dict):
+        raise ConfigurationError(f'configuration file {path} must hold an object such as {{"base_url": "..."}}')
+    for key, value in config.items():
+        if key not in _FILE_KEYS:
+            raise ConfigurationError(
+                f"configuration file {path}: unknown key {key!r}; known are {', '.join(_FILE_KEYS)}"
+            )
+        right = isinstance(value, (int, float) if key == "timeout" else str) and not isinstance(value, bool)
+        if value is not None and not right:
+            raise ConfigurationError(f"configuration file {path}: {key} must be {_FILE_KEYS[key]}")
+    return config
+
+
+def _checked_base_url(value: Any) -> str:
+    if value is None:
+        return _DEFAULT_BASE_URL
+    example = "it should look like http://localhost:8002 or https://host/prefix, without a query or spaces"
+    if not isinstance(value, str):
+        raise ConfigurationError(f"the base URL must be a text: {example}")
+    if "@" in value:  # not shown
+        raise ConfigurationError("the base URL holds a user name or password; give a session with its auth instead")
+    try:
+        parts = urlsplit(value)
+        parts.port  # noqa: B018 - raises for a port that is none
+    except ValueError as exc:
+        raise ConfigurationError(f"base URL {value!r}: {exc}; {example}") from None
+    plain = value.isprintable() and not any(char in value for char in " ?#")
+    if not plain or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigurationError(f"base URL {value!r}: {example}")
+    return value.rstrip("/")
+
+
+def _checked_api_key(value: Any) -> Optional[str]:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or not is_header_value(value):
+        raise ConfigurationError(
+            "the API key can't be sent in a header: it must be text without line breaks or spaces around it"
+        )
+    return value
+
+
+def _checked_timeout(value: Any) -> float:
+    if value is None:
+        return _DEFAULT_TIMEOUT
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if isinstance(value, bool) or not 0 < seconds <= _LONGEST_TIMEOUT:
+        raise ConfigurationError(
+            f"timeout must be a number of seconds above 0, and at most {_LONGEST_TIMEOUT:,.0f}, not {value!r}"
+        )
+    return seconds

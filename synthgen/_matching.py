@@ -1,0 +1,79 @@
+"""Which result belongs to which task.
+
+A task is identified by the JSON of its body, dataset and source. Tasks alike in these are told apart by
+custom_id, URL and method where the server gives them; alike in those too, they are interchangeable.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+
+from .models import Task, TaskResponse, TaskStatus
+
+__all__ = ["match"]
+
+#: custom_id, URL, method. None as a whole: the server does not say.
+_Name = Optional[Tuple[Optional[str], Optional[str], Optional[str]]]
+
+
+def match(
+    tasks: Sequence[Task],
+    results: Iterable[TaskResponse],
+    look_up: Callable[[TaskResponse], TaskResponse],
+) -> Tuple[List[Optional[TaskResponse]], int]:
+    """Give each task its own result, with the task's custom_id in it.
+
+    Args:
+        tasks: What was submitted.
+        results: What came back, in any order; unfinished tasks among them are passed over.
+        look_up: Asks the server for a result with its custom_id, and gives back the same result where it
+            has none; called only where tasks are alike.
+
+    Returns:
+        For each task its result or None, and how many results belong to no task.
+    """
+    alike: Dict[bytes, List[int]] = defaultdict(list)
+    for index, task in enumerate(tasks):
+        as_sent = json.loads(json.dumps([task.body, task.dataset, task.source]))
+        alike[_digest(as_sent)].append(index)
+
+    candidates: Dict[bytes, List[TaskResponse]] = defaultdict(list)
+    surplus = 0
+    for result in results:
+        if result.status in (TaskStatus.PENDING, TaskStatus.PROCESSING):
+            continue
+        candidates[_digest([result.body, result.dataset, result.source])].append(result)
+        surplus += 1
+
+    matched: List[Optional[TaskResponse]] = [None] * len(tasks)
+    for key, indices in alike.items():
+        names = [(tasks[i].custom_id, tasks[i].url, tasks[i].method) for i in indices]
+        for index, found in zip(indices, _share_out(names, candidates[key], look_up)):
+            if found is not None:
+                found.custom_id = tasks[index].custom_id
+                matched[index] = found
+                surplus -= 1
+    return matched, surplus
+
+
+def _share_out(
+    names: Sequence[_Name], results: Sequence[TaskResponse], look_up: Callable[[TaskResponse], TaskResponse]
+) -> List[Optional[TaskResponse]]:
+    """One result for each name of tasks that are alike in all else; of several, one that completed."""
+    one_name = len(set(names)) == 1
+    by_name: Dict[_Name, List[TaskResponse]] = defaultdict(list)
+    for result in sorted(results, key=lambda result: result.ok):  # pop() takes from the end
+        named = "custom_id" in result.model_fields_set
+        if not named and not one_name:
+            result = look_up(result)
+            named = "custom_id" in result.model_fields_set
+        by_name[(result.custom_id, result.url, result.method) if named else None].append(result)
+    return [
+        next((by_name[key].pop() for key in (name, name and (name[0], None, None), None) if by_name[key]), None)
+        for name in names
+    ]
+
+
+def _digest(identity: Any) -> bytes:
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode("ascii"), digest_size=16).digest()

@@ -1,0 +1,137 @@
+"""When a request is sent again, and what is known of one that failed."""
+
+import math
+import random
+import ssl
+from typing import Any, Iterator, Optional
+
+from urllib3.connection import CertificateError  # type: ignore[attr-defined]
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    InvalidHeader,
+    MaxRetryError,
+    ReadTimeoutError,
+    ResponseError,
+    SSLError,
+)
+from urllib3.util.retry import Retry
+
+from .exceptions import ConfigurationError
+
+__all__ = ["RetryPolicy", "backoff_time", "innermost", "never_sent", "parse_retry_after", "retry_policy", "timed_out"]
+
+_LONGEST_RETRY_AFTER = 60.0
+_LONGEST_BACKOFF = 120.0
+
+
+class RetryPolicy(Retry):
+    """urllib3's retries, with a rule for uploads, and with what 1.26 and 2 lack or do differently."""
+
+    def is_retry(self, method: str, status_code: int, has_retry_after: bool = False) -> bool:
+        """Also an upload that was answered 429: it was surely not taken."""
+        return status_code == 429 or super().is_retry(method, status_code, has_retry_after)
+
+    def increment(self, method: Any = None, url: Any = None, response: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Give up when the server asks to wait for longer than a minute."""
+        if response is not None and (self.get_retry_after(response) or 0.0) > _LONGEST_RETRY_AFTER:
+            raise MaxRetryError(kwargs.get("_pool"), url, ResponseError("asked to wait too long"))  # type: ignore[arg-type]
+        return super().increment(method, url, response, *args, **kwargs)
+
+    def parse_retry_after(self, retry_after: str) -> float:
+        """As `parse_retry_after`; urllib3 raises on decimals."""
+        return parse_retry_after(retry_after)
+
+    def get_backoff_time(self) -> float:
+        """With jitter; urllib3 1.26 has none."""
+        return backoff_time(self.backoff_factor, len(self.history))
+
+    def _is_read_error(self, err: Exception) -> bool:
+        # urllib3 counts TLS errors as "other", and "other" for any method: an upload would be sent again.
+        return super()._is_read_error(err) or (isinstance(err, SSLError) and not _is_certificate_error(err))
+
+
+def retry_policy(retries: int, backoff_factor: float = 0.0, *, idempotent_uploads: bool = False) -> RetryPolicy:
+    """The policy for an adapter.
+
+    Args:
+        retries: How often a request is sent again, for all reasons together; 0 for never.
+        backoff_factor: See `backoff_time`.
+        idempotent_uploads: Whether a POST is treated like a GET.
+
+    Raises:
+        ConfigurationError: A number is out of range.
+    """
+    if not isinstance(retries, int) or retries < 0:
+        raise ConfigurationError(f"retries must be a whole number from 0 on, not {retries!r}")
+    if not isinstance(backoff_factor, (int, float)) or not 0 <= backoff_factor < math.inf:
+        raise ConfigurationError(f"backoff_factor must be a number of seconds from 0 on, not {backoff_factor!r}")
+    return RetryPolicy(
+        total=retries,
+        other=0,  # a refused certificate stays refused
+        backoff_factor=backoff_factor,
+        status_forcelist=(429, 500, 502, 503, 504),
+        allowed_methods=frozenset(["GET", "DELETE", "POST"] if idempotent_uploads else ["GET", "DELETE"]),
+        raise_on_status=False,  # keep the last answer: it says why
+    )
+
+
+def backoff_time(factor: float, repeats: int) -> float:
+    """The pause before a repeat, in seconds: none before the first, then ``factor * 2 ** (repeats - 1)``.
+
+    That is urllib3's formula, with its limit of 120 s; up to half is taken off at random, so that clients that
+    failed together do not come back together.
+    """
+    if repeats <= 1:
+        return 0.0
+    doublings = min(repeats - 1, 64)  # more overflow
+    return min(factor * 2.0**doublings, _LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
+
+
+def parse_retry_after(text: str) -> float:
+    """Seconds to wait, from a number or a date (RFC 9110, 10.2.3); 0 for anything else."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = Retry().parse_retry_after(text)
+        except (InvalidHeader, ValueError, OverflowError):
+            return 0.0
+    return 0.0 if math.isnan(seconds) else max(seconds, 0.0)
+
+
+def never_sent(error: Optional[BaseException]) -> bool:
+    """Whether a request surely did not reach the server, by the error that requests raised for it.
+
+    True for a connection that was refused or timed out, a name that was not found, and a certificate that was
+    refused. All else, a dropped connection or a read time-out say, leaves it open.
+    """
+    if error is None:
+        return False
+    return any(isinstance(layer, ConnectTimeoutError) for layer in _layers(error)) or _is_certificate_error(error)
+
+
+def timed_out(error: BaseException) -> bool:
+    """Whether the connection was there, and no bytes came for too long."""
+    return any(isinstance(layer, ReadTimeoutError) for layer in _layers(error))
+
+
+def innermost(error: BaseException) -> BaseException:
+    """What went wrong, without the layers that requests and urllib3 put around it."""
+    return list(_layers(error))[-1]
+
+
+def _is_certificate_error(error: BaseException) -> bool:
+    # OpenSSL refuses with the first; urllib3 1.26 compares the host's name by itself.
+    return any(isinstance(layer, (ssl.SSLCertVerificationError, CertificateError)) for layer in _layers(error))
+
+
+def _layers(error: BaseException) -> Iterator[BaseException]:
+    """An error, and what it wraps: MaxRetryError has a reason, ProxyError an original_error, others arguments."""
+    layer: Optional[BaseException] = error
+    while layer is not None:
+        yield layer
+        wrapped = (getattr(layer, "reason", None), getattr(layer, "original_error", None), *layer.args)
+        inner = next((item for item in wrapped if isinstance(item, BaseException)), layer.__cause__)
+        if inner is None and isinstance(layer, ConnectTimeoutError):
+            inner = layer.__context__  # urllib3 1.26 does not say `from`; of others it may be an error of the caller's
+        layer = inner

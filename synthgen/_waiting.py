@@ -1,0 +1,264 @@
+"""When is a batch done, and when will it never be?
+
+By our own count: the server says COMPLETED between two chunks, drops malformed tasks without a trace, and
+may have nobody to run the rest. The network is reached through the two functions given.
+"""
+
+import time
+from typing import Callable, Optional, Tuple
+
+from .exceptions import (
+    APIError,
+    BatchStalledError,
+    BatchTimeoutError,
+    ConnectionFailedError,
+    InvalidResponseError,
+    NotFoundError,
+    RateLimitError,
+    ServerError,
+)
+from .models import Batch, BatchCost, HealthResponse, HealthStatus
+from .monitor import Monitor, plural
+
+__all__ = ["AWAY_ERRORS", "BatchWait", "describe_queues"]
+
+_FIRST_PAUSE = 0.1
+_PAUSE_GROWTH = 1.5
+#: Counts lag behind by the framework's index refresh, 5 s: a total that was the same for longer is final.
+_SETTLED_AFTER = 6.0
+#: How long one poll waits for bytes; less before a deadline, but the last one, too, needs time for an answer.
+_LONGEST_POLL = 30.0
+_SHORTEST_POLL = 1.0
+#: The longest Retry-After obeyed between polls.
+_LONGEST_RETRY_AFTER = 60.0
+#: After these the server is away, and may be back at the next poll.
+AWAY_ERRORS = (ConnectionFailedError, InvalidResponseError, RateLimitError, ServerError)
+
+
+class BatchWait:
+    """Polls one batch. `wait` may be called again when it proved to be early.
+
+    Args:
+        get_batch: Asks for the batch once, with a read time-out in seconds.
+        check_health: Asks for the server's health once.
+        sleep: Pauses for so many seconds.
+        monitor: Told of every poll.
+        batch_id: The batch.
+        submitted: How many tasks it will have; None takes the server's word, once that has settled.
+        cost_of: What a batch's tokens cost.
+        poll_interval: The longest pause between two polls, in seconds.
+        deadline: When to give up, by ``time.monotonic()``; None for never.
+        stall_timeout: How long nothing may move before the reason is looked for, in seconds; None for ever.
+
+    Attributes:
+        batch: The batch when last seen.
+    """
+
+    def __init__(
+        self,
+        get_batch: Callable[[float], Batch],
+        check_health: Callable[[], HealthResponse],
+        sleep: Callable[[float], None],
+        monitor: Monitor,
+        *,
+        batch_id: str,
+        submitted: Optional[int],
+        cost_of: Callable[[Optional[Batch]], BatchCost],
+        poll_interval: float,
+        deadline: Optional[float],
+        stall_timeout: Optional[float],
+    ) -> None:
+        self._get_batch = get_batch
+        self._check_health = check_health
+        self._sleep = sleep
+        self._monitor = monitor
+        self._batch_id = batch_id
+        self._submitted = submitted
+        self._cost_of = cost_of
+        self._poll_interval = poll_interval
+        self._deadline = deadline
+        if stall_timeout is not None and submitted is None:
+            stall_timeout = max(stall_timeout, _SETTLED_AFTER)  # until then a batch that is done stands still, too
+        self._stall_timeout = stall_timeout
+
+        self.batch: Optional[Batch] = None
+        self._counters: Optional[Tuple[int, ...]] = None
+        self._moved_at = self._quiet_since = self._not_before = time.monotonic()
+        self._away_since: Optional[float] = None
+        self._retry_after = 0.0
+        self._early = 0
+
+    def wait(self) -> Optional[HealthResponse]:
+        """Block until every task has an outcome, or until none of those without one will get it.
+
+        Returns:
+            None in the first case; in the second, what the server says of its queues.
+
+        Raises:
+            BatchTimeoutError: The deadline passed. The batch goes on.
+            BatchStalledError: Tasks wait in a queue that nobody consumes.
+            NotFoundError: There is no such batch, or it was deleted meanwhile.
+        """
+        pause = _FIRST_PAUSE
+        while True:
+            self._poll()
+            if self._is_done():
+                return None
+            stuck = self._look_for_stall()
+            if stuck is not None:
+                return stuck
+            self._pause(max(min(pause, self._poll_interval), self._retry_after))
+            pause *= _PAUSE_GROWTH
+
+    def came_early(self) -> None:
+        """Results were missing although the counts add up: let the counts move, or some time pass, first."""
+        self._early += 1
+        self._not_before = time.monotonic() + min(2.0**self._early, _LONGEST_POLL)
+
+    def is_server_there(self) -> bool:
+        """Whether the server answers, after it did not; if it does not, `wait` waits for it."""
+        self._poll()
+        return self._away_since is None
+
+    def _poll(self) -> None:
+        self._retry_after = 0.0
+        try:
+            self.batch = self._get_batch(min(_LONGEST_POLL, max(self._time_left(), _SHORTEST_POLL)))
+        except NotFoundError:
+            if self.batch is not None:  # else: not ingested yet
+                raise
+        except AWAY_ERRORS as exc:
+            self._went_away(exc)
+            return
+        now = time.monotonic()
+        if self._away_since is not None:
+            self._monitor.note(f"the server is back after {now - self._away_since:.0f} s")
+            self._away_since = None
+            self._quiet_since = now
+        counters = _counters(self.batch)
+        if counters != self._counters:
+            self._counters = counters
+            self._moved_at = self._quiet_since = self._not_before = now
+        total = self.batch.total_tasks if self.batch else 0
+        self._monitor.batch(
+            self.batch, total if self._submitted is None else self._submitted, self._cost_of(self.batch)
+        )
+
+    def _went_away(self, exc: APIError) -> None:
+        if isinstance(exc, RateLimitError):
+            self._retry_after = min(exc.retry_after or 0.0, _LONGEST_RETRY_AFTER)
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+            self._monitor.note(f"server away since {time.strftime('%H:%M:%S')}, still trying: {exc}")
+
+    def _is_done(self) -> bool:
+        batch, now = self.batch, time.monotonic()
+        if self._away_since is not None:
+            return False
+        if self._submitted is not None:
+            return (
+                batch is not None
+                and not batch.pending_tasks + batch.processing_tasks
+                and batch.finished_tasks >= self._submitted
+                and now >= self._not_before
+            )
+        if (batch is not None and not batch.done) or now - max(self._moved_at, self._not_before) < _SETTLED_AFTER:
+            return False
+        health = self._health()
+        if health is None or not _knows_queues(health) or health.services.batch_queue_messages:
+            return False
+        if batch is None:
+            raise NotFoundError(f"batch {self._batch_id!r}: no such batch (was it deleted?)", status_code=404)
+        return True
+
+    def _look_for_stall(self) -> Optional[HealthResponse]:
+        now = time.monotonic()
+        if self._stall_timeout is None or self._away_since is not None:
+            return None
+        if now - self._quiet_since < self._stall_timeout:
+            return None
+        health = self._health()
+        waiting = self.batch.pending_tasks + self.batch.processing_tasks if self.batch else 0
+        if health is not None and _knows_queues(health):
+            if not waiting and not health.services.batch_queue_messages:
+                return health
+            self._raise_if_unserved(health, waiting)
+        self._quiet_since = now
+        self._monitor.note(
+            f"nothing has moved for {now - self._moved_at:.0f} s; {describe_queues(health)}. "
+            "A provider may be slow, or waited for between retries"
+        )
+        return None
+
+    def _raise_if_unserved(self, health: HealthResponse, waiting: int) -> None:
+        services = health.services
+        unserved = (waiting and services.task_queue_consumers == 0) or (
+            services.batch_queue_messages and services.batch_queue_consumers == 0
+        )
+        if unserved:
+            raise BatchStalledError(
+                f"batch {self._batch_id!r} stands still: {waiting:,} tasks wait; {describe_queues(health)}",
+                batch_id=self._batch_id,
+                batch=self.batch,
+                health=health,
+            )
+
+    def _health(self) -> Optional[HealthResponse]:
+        try:
+            return self._check_health()
+        except AWAY_ERRORS:  # the next poll tells whether the server is away
+            return None
+
+    def _time_left(self) -> float:
+        return float("inf") if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+
+    def _pause(self, seconds: float) -> None:
+        if not self._time_left():
+            finished = self.batch.finished_tasks if self.batch else 0
+            of = f" of {self._submitted:,}" if self._submitted is not None else ""
+            raise BatchTimeoutError(
+                f"batch {self._batch_id!r}: {finished:,}{of} tasks finished when the time ran out. It goes on: "
+                f"come back with monitor_batch(batch_id={self._batch_id!r}), with tasks= for their order",
+                batch_id=self._batch_id,
+                batch=self.batch,
+            )
+        self._sleep(min(seconds, self._time_left()))
+
+
+def _counters(batch: Optional[Batch]) -> Optional[Tuple[int, ...]]:
+    if batch is None:
+        return None
+    return (
+        batch.total_tasks,
+        batch.pending_tasks,
+        batch.processing_tasks,
+        batch.completed_tasks,
+        batch.cached_tasks,
+        batch.failed_tasks,
+    )
+
+
+def _knows_queues(health: HealthResponse) -> bool:
+    """Whether what it says of the queues is so: with RabbitMQ down the framework calls them empty."""
+    return health.services.rabbitmq != HealthStatus.UNHEALTHY
+
+
+def describe_queues(health: Optional[HealthResponse]) -> str:
+    """The two queues in words, as far as the server tells."""
+    if health is None:
+        return "the server does not tell its health"
+    if not _knows_queues(health):
+        return "RabbitMQ is down, and nothing known of its queues"
+    services = health.services
+    queues = (
+        ("task", services.task_queue_messages, services.task_queue_consumers),
+        ("batch", services.batch_queue_messages, services.batch_queue_consumers),
+    )
+    return ", ".join(
+        f"{name} queue: {_known(messages, 'message')}, {_known(consumers, 'consumer')}"
+        for name, messages, consumers in queues
+    )
+
+
+def _known(count: Optional[int], noun: str) -> str:
+    return f"{noun}s unknown" if count is None else plural(count, noun)

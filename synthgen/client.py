@@ -1,0 +1,770 @@
+"""The client: submit tasks, follow a batch, stream its results.
+
+Everything that touches the network is here; models.py only describes data and monitor.py only shows it.
+All times are in seconds unless a name says otherwise.
+"""
+
+import errno
+import logging
+import os
+import time
+import uuid
+from contextlib import contextmanager
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any, Dict, Generator, Iterable, Iterator, List, NoReturn, Optional, Set, Sized, Tuple, TypeVar, Union
+from urllib.parse import quote
+
+import requests
+from pydantic import BaseModel
+from requests.adapters import HTTPAdapter
+
+from . import __version__
+from ._answers import WIRE_ERRORS, check_status, no_answer, parse, read_json
+from ._chunks import Chunks
+from ._config import read_config
+from ._matching import match
+from ._retry import RetryPolicy, backoff_time, innermost, never_sent, retry_policy
+from ._stream import iter_tasks
+from ._waiting import AWAY_ERRORS, BatchWait, describe_queues
+from .exceptions import (
+    APIError,
+    BatchIncompleteError,
+    BatchUploadError,
+    ConnectionFailedError,
+    InvalidResponseError,
+    NotFoundError,
+    RateLimitError,
+    ServerError,
+)
+from .models import (
+    Batch,
+    BatchCost,
+    BatchList,
+    BulkTaskResponse,
+    CalendarInterval,
+    HealthResponse,
+    HealthStatus,
+    Task,
+    TaskResponse,
+    TaskStatsResponse,
+    TaskStatus,
+    UsageStatsResponse,
+    is_header_value,
+)
+from .monitor import Monitor, choose_monitor, guard
+
+__all__ = ["SynthgenClient"]
+
+logger = logging.getLogger(__name__)
+
+_BATCHES = "/api/v1/batches"
+_TASKS = "/api/v1/tasks"
+
+_CONNECT_TIMEOUT = 10.0
+_HEALTH_TIMEOUT = 30.0  # the framework needs 8 s and more to say that Elasticsearch is down
+_READ_BYTES = 64 * 1024
+_IDLE_CONNECTIONS = 64  # kept for so many threads
+
+_Item = TypeVar("_Item")
+
+
+class SynthgenClient:
+    """Talks to a Synthgen server: the framework, or the embedded one.
+
+    Each setting is taken from its argument, else from the environment (``SYNTHGEN_BASE_URL``,
+    ``SYNTHGEN_API_KEY``, ``SYNTHGEN_TIMEOUT``; empty means unset), else from the JSON file, else the default.
+
+    GETs and DELETEs are repeated when the connection or the server fails. An upload is repeated only when it
+    surely was not taken: sent twice, its tasks would be run and paid for twice.
+
+    Threads may share a client.
+
+    Args:
+        base_url: Where the server is, path prefix included; ``http://localhost:8002`` by default.
+        api_key: The server's key; none by default.
+        timeout: The longest wait for the next bytes of an answer, in seconds; 3600 by default.
+        config_file: A JSON file: an object with any of ``base_url``, ``api_key`` and ``timeout``.
+        retries: How often a request is repeated; 0 for never.
+        backoff_factor: The pauses before the repeats are 0, then about 2, 4, 8, ... times this, in seconds
+            (``urllib3.util.Retry``), unless the server says how long.
+        session: Your own session, for proxies, CAs or client certificates. The client neither changes nor
+            closes it; its adapters' retries, if any, replace ours.
+        idempotent_uploads: The server takes an upload with the same Idempotency-Key only once (the embedded
+            server does), so that uploads too are repeated after any failure but a refusal.
+
+    Raises:
+        ConfigurationError: A setting is malformed, or the file can't be read.
+    """
+
+    def __init__(
+        self,
+        base_url: Optional[str] = None,
+        api_key: Optional[str] = None,
+        timeout: Optional[float] = None,
+        config_file: Optional[Union[str, "os.PathLike[str]"]] = None,
+        *,
+        retries: int = 5,
+        backoff_factor: float = 0.5,
+        session: Optional[requests.Session] = None,
+        idempotent_uploads: bool = False,
+    ) -> None:
+        config = read_config(base_url, api_key, timeout, config_file)
+        self.base_url = config.base_url
+        self.timeout = config.timeout
+        self._api_key = config.api_key
+        self._idempotent_uploads = idempotent_uploads
+        self._retries = retries
+        self._backoff_factor = backoff_factor
+        self._owns_session = session is None
+        policy = retry_policy(retries, backoff_factor, idempotent_uploads=idempotent_uploads)
+        self._session = session or _new_session(policy)
+        self._session_once = session or _new_session(retry_policy(0))  # requests has no retries per request
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base_url!r})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a client can't be pickled, since its key would be; make one in each process")
+
+    def __enter__(self) -> "SynthgenClient":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections; may be called twice. A session of your own stays open."""
+        if self._owns_session:
+            self._session.close()
+            self._session_once.close()
+
+    # The life of a batch, in its order.
+
+    def check_health(self) -> HealthResponse:
+        """The state of the server and of what it stands on; also when that is unhealthy. Never repeated."""
+        what = self._name("GET", "/health")
+        try:
+            data = self._request("GET", "/health", once=True, read_timeout=_HEALTH_TIMEOUT)
+        except ServerError as exc:  # 503, with the same object under `detail`
+            try:
+                return HealthResponse.model_validate(exc.response.json()["detail"] if exc.response else None)
+            except (ValueError, KeyError, TypeError):  # a proxy's own 503
+                raise exc from None
+        return parse(HealthResponse, data, what)
+
+    def create_batch(
+        self,
+        tasks: Iterable[Task],
+        chunk_size: int = 1000,
+        *,
+        batch_id: Optional[str] = None,
+        idempotency_key: Optional[str] = None,
+        monitor: Optional[Monitor] = None,
+    ) -> BulkTaskResponse:
+        """Submit tasks, in as many uploads as needed, and return the batch's id and the number sent.
+
+        Args:
+            tasks: Any iterable, read once and as it is sent: one chunk is in memory at a time.
+            chunk_size: The most tasks in one upload; one is also cut at 8 MiB, a larger task goes alone.
+            batch_id: The batch to add them to; a new one by default.
+            idempotency_key: What names this upload to a server that deduplicates; made up by default. A list
+                given with a key is cut by its bytes alone, so that what was one upload stays one.
+            monitor: Told of each chunk.
+
+        Raises:
+            BatchUploadError: The upload ended early. It says what was taken, and how to go on.
+            ValueError: There are no tasks, or the id can't be one.
+        """
+        chunk_size = _checked_chunk_size(chunk_size)
+        batch_id = _new_batch_id(batch_id)
+        _checked_tasks(tasks)
+        if idempotency_key is not None:
+            if not idempotency_key or not is_header_value(idempotency_key):
+                raise ValueError("an idempotency key must be text that fits a header")
+            chunk_size = max(chunk_size, len(tasks) if isinstance(tasks, Sized) else 0)
+        with _watching(monitor) as told:
+            return self._create_batch(tasks, chunk_size, batch_id, idempotency_key, told)
+
+    def monitor_batch(
+        self,
+        tasks: Optional[Iterable[Task]] = None,
+        batch_id: Optional[str] = None,
+        cost_by_1m_input_token: float = 0.0,
+        cost_by_1m_output_token: float = 0.0,
+        *,
+        chunk_size: int = 1000,
+        poll_interval: float = 2.0,
+        timeout: Optional[float] = None,
+        stall_timeout: Optional[float] = 300.0,
+        show_progress: bool = True,
+        monitor: Optional[Monitor] = None,
+    ) -> List[TaskResponse]:
+        """Submit tasks, wait, and return one result per task, in their order, each with its ``custom_id``.
+
+        Tasks may have failed: look at ``ok`` of each result.
+
+        With ``batch_id`` alone, wait for a batch that exists, and return its results as the server gives them.
+        With both, come back to a batch: nothing is sent, and the tasks serve for order and matching.
+
+        Args:
+            tasks: What to run. None of them: an empty list is returned.
+            batch_id: A batch that exists.
+            cost_by_1m_input_token: Price of a million input tokens, for the display.
+            cost_by_1m_output_token: Price of a million output tokens, for the display.
+            chunk_size: The most tasks in one upload.
+            poll_interval: The longest pause between two polls, in seconds.
+            timeout: The longest wait for the batch, in seconds; None waits as long as it takes.
+            stall_timeout: How long nothing may move, in seconds, before the reason is looked for; None for ever.
+            show_progress: Draw the progress on stderr: with rich on a terminal, else in lines.
+            monitor: Is told of the progress, in place of that.
+
+        Raises:
+            BatchUploadError: The upload ended early; see `create_batch`.
+            BatchTimeoutError: ``timeout`` ran out. The batch goes on.
+            BatchStalledError: Tasks wait, and nothing on the server runs them.
+            BatchIncompleteError: Some tasks will have no result; it holds those of the others.
+            ServerError: The server is unhealthy, and would lose the tasks; nothing was sent.
+            NotFoundError: There is no such batch, or it was deleted meanwhile.
+            ValueError: Neither tasks nor a batch id is given, or a number is out of range.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        chunk_size = _checked_chunk_size(chunk_size)
+        _check_seconds(poll_interval=poll_interval, stall_timeout=stall_timeout)
+        if tasks is None and batch_id is None:
+            raise ValueError("monitor_batch needs tasks to run, or the id of a batch to wait for, or both")
+        todo = None if tasks is None else list(_checked_tasks(tasks))
+        if todo is not None and not todo:
+            return []
+
+        def cost_of(batch: Optional[Batch]) -> BatchCost:
+            return batch.cost(cost_by_1m_input_token, cost_by_1m_output_token) if batch else BatchCost()
+
+        submit, batch_id = batch_id is None, _new_batch_id(batch_id)
+        with _watching(choose_monitor(show_progress) if monitor is None else monitor) as told:
+            self._show_health(told, required=submit)
+            if submit and todo is not None:
+                self._create_batch(todo, chunk_size, batch_id, None, told)
+            wait = BatchWait(
+                lambda read_timeout: self._get_batch(batch_id, once=True, read_timeout=read_timeout),
+                self.check_health,
+                self._sleep,
+                told,
+                batch_id=batch_id,
+                submitted=None if todo is None else len(todo),
+                cost_of=cost_of,
+                poll_interval=poll_interval,
+                deadline=deadline,
+                stall_timeout=stall_timeout,
+            )
+            try:
+                results = self._collect(wait, batch_id, todo, told)
+            except KeyboardInterrupt:
+                how = f"monitor_batch({'' if todo is None else 'tasks=tasks, '}batch_id={batch_id!r})"
+                raise KeyboardInterrupt(f"batch {batch_id!r} goes on; come back to it with {how}") from None
+            told.results(results)
+            if wait.batch is not None:
+                told.finish(wait.batch, cost_of(wait.batch))
+            return results
+
+    def get_batches(self) -> BatchList:
+        """All batches, newest first."""
+        return parse(BatchList, self._request("GET", _BATCHES), self._name("GET", _BATCHES))
+
+    def get_batch(self, batch_id: str) -> Batch:
+        """A batch's state and counters.
+
+        Raises:
+            NotFoundError: There is no such batch, or the server has not ingested any of it yet.
+        """
+        return self._get_batch(batch_id)
+
+    def iter_batch_tasks(
+        self, batch_id: str, task_status: Optional[Union[TaskStatus, str]] = None
+    ) -> Generator[TaskResponse, None, None]:
+        """The tasks of a batch, each once, as their bytes arrive.
+
+        A stream that breaks is read again, and what was given is not given twice. Of a finished batch you get
+        as many tasks as it counts, or an error; of a running one, what the server has just now.
+
+        Args:
+            batch_id: The batch.
+            task_status: Only the tasks with this status.
+
+        Raises:
+            NotFoundError: There is no such batch.
+            ConnectionFailedError: The stream broke, and so did the repeats.
+        """
+        path = _batch_path(batch_id)
+        what = self._name("GET", f"{path}/tasks/export")
+        return (parse(TaskResponse, task, what) for task, _ in self._iter_export(path, task_status))
+
+    def get_batch_tasks(
+        self,
+        batch_id: str,
+        task_status: Optional[Union[TaskStatus, str]] = None,
+        *,
+        monitor: Optional[Monitor] = None,
+    ) -> List[TaskResponse]:
+        """The tasks of a batch, as a list; see `iter_batch_tasks`."""
+        tasks = self.iter_batch_tasks(batch_id, task_status)
+        with _watching(monitor) as told:
+            return list(_counted(tasks, told, None))
+
+    def export_batch(
+        self,
+        batch_id: str,
+        path: Union[str, "os.PathLike[str]"],
+        task_status: Optional[Union[TaskStatus, str]] = None,
+        *,
+        monitor: Optional[Monitor] = None,
+    ) -> int:
+        """Write a batch's tasks to a file, one JSON object a line as the server sent it; return their number.
+
+        The file is complete or not there: it is written beside its place and moved there at the end.
+
+        Raises:
+            OSError: The file can't be written; found out before anything is asked.
+        """
+        export = self._iter_export(_batch_path(batch_id), task_status)
+        written = 0
+        with _watching(monitor) as told, replacing(path) as file:
+            for _, text in _counted(export, told, None):
+                file.write(text.encode("utf-8") + b"\n")
+                written += 1
+        return written
+
+    def get_batch_stats(
+        self,
+        batch_id: str,
+        time_range: str = "24h",
+        interval: Union[CalendarInterval, str] = CalendarInterval.HOUR_SHORT,
+    ) -> UsageStatsResponse:
+        """What a batch did over time.
+
+        Args:
+            batch_id: The batch. Of an unknown one, all is 0.
+            time_range: How far back: a number and ``m`` (up to 1440), ``h`` (up to 720) or ``d`` (up to 365).
+            interval: The size of a bucket, e.g. ``"1h"``.
+        """
+        path = f"{_batch_path(batch_id)}/stats"
+        data = self._request("GET", path, params={"time_range": time_range, "interval": str(interval)})
+        return parse(UsageStatsResponse, data, self._name("GET", path))
+
+    def delete_batch(self, batch_id: str) -> None:
+        """Delete a batch and its tasks; one that does not exist is no error.
+
+        Wait for its end first: there is no cancel, and the framework may call the provider again and again for
+        the deleted tasks of a running batch.
+        """
+        self._request("DELETE", _batch_path(batch_id))
+
+    # Single tasks.
+
+    def get_task(self, message_id: str) -> TaskResponse:
+        """A task with its result.
+
+        Raises:
+            NotFoundError: There is no such task.
+        """
+        path = f"{_TASKS}/{_quoted(message_id, 'message id')}"
+        what = self._name("GET", path)
+        data = self._request("GET", path)
+        if data is None:
+            raise NotFoundError(f"{what}: no such task (was it deleted?)", status_code=404)
+        return parse(TaskResponse, data, what)
+
+    def delete_task(self, message_id: str) -> None:
+        """Delete a task.
+
+        Raises:
+            NotFoundError: There is no such task.
+        """
+        self._request("DELETE", f"{_TASKS}/{_quoted(message_id, 'message id')}")
+
+    def get_task_stats(self) -> TaskStatsResponse:
+        """Counters over all tasks of the server."""
+        path = f"{_TASKS}/stats"
+        return parse(TaskStatsResponse, self._request("GET", path), self._name("GET", path))
+
+    # Uploads.
+
+    def _create_batch(
+        self, tasks: Iterable[Task], chunk_size: int, batch_id: str, idempotency_key: Optional[str], monitor: Monitor
+    ) -> BulkTaskResponse:
+        total = len(tasks) if isinstance(tasks, Sized) else None
+        chunks = Chunks(tasks, chunk_size)
+        uploaded = 0
+        chunk: List[Task] = []
+        chunk_key = key = idempotency_key or uuid.uuid4().hex
+        monitor.upload(batch_id, 0, total)
+        try:
+            for index, (chunk, lines) in enumerate(chunks):
+                chunk_key = f"{key}-{index}" if index else key
+                self._upload(batch_id, lines, chunk_key)
+                uploaded += len(chunk)
+                chunk = []
+                monitor.upload(batch_id, uploaded, total)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"batch {batch_id!r} was being uploaded: {uploaded:,} tasks are in it, the next {len(chunk):,} may be. "
+                f"create_batch(the others, batch_id={batch_id!r}) goes on"
+            ) from None
+        except Exception as exc:
+            if not (uploaded or chunk or chunks.unsent):
+                raise  # the iterable failed before its first task
+            # Under a key of the caller's, an earlier call may have sent what this one could not.
+            refused = idempotency_key is None and self._was_refused(exc)
+            raise _upload_error(exc, batch_id, uploaded, chunk, chunks, chunk_key, refused) from exc
+        if not uploaded:
+            raise ValueError("there are no tasks to upload")
+        return BulkTaskResponse(batch_id=batch_id, total_tasks=uploaded)
+
+    def _upload(self, batch_id: str, lines: bytes, key: str) -> None:
+        data = self._request(
+            "POST",
+            _BATCHES,
+            params={"batch_id": batch_id},
+            files={"file": ("batch.jsonl", lines, "application/x-jsonlines")},
+            headers={"Idempotency-Key": key},
+        )
+        parse(BulkTaskResponse, data, self._name("POST", _BATCHES))
+
+    def _was_refused(self, exc: Exception) -> bool:
+        """Whether an upload that ended like this was surely not taken."""
+        refused = isinstance(exc, APIError) and 400 <= (exc.status_code or 0) < 500
+        if self._idempotent_uploads:  # an earlier try may have been taken before one that surely was not
+            return refused and not isinstance(exc, RateLimitError)
+        return refused or never_sent(exc.__cause__)
+
+    # Waiting.
+
+    def _show_health(self, monitor: Monitor, required: bool) -> None:
+        """Ask for the server's health, show it, and raise ServerError where uploads would be lost."""
+        repeats = 0
+        while True:
+            try:
+                health = self.check_health()
+                break
+            except (ConnectionFailedError, InvalidResponseError, RateLimitError, ServerError) as exc:
+                if repeats >= self._retries or never_sent(exc.__cause__):
+                    raise
+                repeats += 1
+                monitor.note(f"no answer yet, trying again: {exc}")
+                self._pause(repeats)
+        monitor.health(health)
+        stores = {"Elasticsearch": health.services.elasticsearch, "RabbitMQ": health.services.rabbitmq}
+        down = [name for name, status in stores.items() if status == HealthStatus.UNHEALTHY]
+        if required and down:
+            raise ServerError(
+                f"{self.base_url}: {' and '.join(down)} is down ({health.error or 'no reason given'}). "
+                "Nothing was sent: the server would have lost the tasks",
+                status_code=503,
+            )
+
+    def _collect(
+        self, wait: BatchWait, batch_id: str, tasks: Optional[List[Task]], monitor: Monitor
+    ) -> List[TaskResponse]:
+        """Wait for the batch, download it, and match; as often as it takes."""
+        while True:
+            stuck = wait.wait()
+            try:
+                results, missing = self._download(wait.batch, batch_id, tasks, monitor)
+            except AWAY_ERRORS:
+                if wait.is_server_there():
+                    raise
+                continue
+            expected = wait.batch.total_tasks if tasks is None and wait.batch else len(tasks or ())
+            if len(results) >= expected:
+                return results
+            if stuck is None:
+                wait.came_early()
+                continue
+            raise BatchIncompleteError(
+                f"batch {batch_id!r}: {expected - len(results):,} of {expected:,} tasks never arrived; "
+                f"{describe_queues(stuck)}",
+                batch_id=batch_id,
+                results=results,
+                missing=missing,
+                health=stuck,
+            )
+
+    def _download(
+        self, batch: Optional[Batch], batch_id: str, tasks: Optional[List[Task]], monitor: Monitor
+    ) -> Tuple[List[TaskResponse], List[Task]]:
+        """The results that are there, and the tasks without one."""
+        if batch is None:
+            return [], tasks or []
+        downloaded = list(_counted(self.iter_batch_tasks(batch_id), monitor, batch.finished_tasks))
+        if tasks is None:
+            return downloaded, []
+        matched, surplus = match(tasks, downloaded, self._with_custom_id)
+        results = [result for result in matched if result is not None]
+        missing = [task for task, result in zip(tasks, matched) if result is None]
+        if surplus and not missing:
+            monitor.note(f"{surplus:,} more results than tasks: the batch was run more than once in part")
+        return results, missing
+
+    def _with_custom_id(self, result: TaskResponse) -> TaskResponse:
+        try:
+            return self.get_task(result.message_id)
+        except NotFoundError:  # deleted since
+            return result
+
+    # Exports.
+
+    def _iter_export(
+        self, batch_path: str, task_status: Optional[Union[TaskStatus, str]]
+    ) -> Iterator[Tuple[Dict[str, Any], str]]:
+        """Each task once, with its JSON text, whatever becomes of the streams that they come in."""
+        before = self._get_batch_at(batch_path)
+        seen: Set[str] = set()
+        repeats = 0  # in a row that brought nothing new
+        while True:
+            known = len(seen)
+            try:
+                for task, text in self._stream_export(batch_path, task_status):
+                    message_id = task["message_id"]
+                    if message_id not in seen:
+                        seen.add(message_id)
+                        yield task, text
+                after = self._get_batch_at(batch_path)
+                expected = min(_expected(before, task_status), _expected(after, task_status))
+                if len(seen) >= expected:
+                    return
+                raise ConnectionFailedError(
+                    f"{self._name('GET', batch_path)}/tasks/export: it ended after {len(seen):,} of {expected:,} tasks"
+                )
+            except (ConnectionFailedError, InvalidResponseError) as exc:
+                if len(seen) > known:
+                    repeats = 0
+                if repeats >= self._retries:
+                    raise
+                logger.debug("reading the export again: %s", exc)
+            repeats += 1
+            self._pause(repeats)
+
+    def _stream_export(
+        self, batch_path: str, task_status: Optional[Union[TaskStatus, str]]
+    ) -> Iterator[Tuple[Dict[str, Any], str]]:
+        path = f"{batch_path}/tasks/export"
+        what = self._name("GET", path)
+        params = None if task_status is None else {"task_status": str(task_status)}
+        # A truncated gzip stream would end without an error.
+        with self._send("GET", path, params=params, headers={"Accept-Encoding": "identity"}) as response:
+            check_status(response, what, self._api_key)
+            try:
+                for task, text in iter_tasks(response.iter_content(_READ_BYTES)):
+                    if not isinstance(task, dict) or not isinstance(task.get("message_id"), str):
+                        raise ValueError("a task without a message_id")
+                    yield task, text
+            except (EOFError, *WIRE_ERRORS) as exc:
+                raise ConnectionFailedError(f"{what}: the stream broke off: {innermost(exc)}") from exc
+            except ValueError as exc:
+                raise InvalidResponseError(
+                    f"{what}: this is no export: {exc}", status_code=response.status_code
+                ) from exc
+
+    # The one way to the network.
+
+    def _get_batch(self, batch_id: str, *, once: bool = False, read_timeout: Optional[float] = None) -> Batch:
+        return self._get_batch_at(_batch_path(batch_id), once=once, read_timeout=read_timeout)
+
+    def _get_batch_at(self, path: str, *, once: bool = False, read_timeout: Optional[float] = None) -> Batch:
+        what = self._name("GET", path)
+        data = self._request("GET", path, once=once, read_timeout=read_timeout)
+        if data is None:
+            raise NotFoundError(f"{what}: no such batch (was it deleted, or is it not ingested yet?)", status_code=404)
+        return parse(Batch, data, what)
+
+    def _pause(self, repeats: int) -> None:
+        self._sleep(backoff_time(self._backoff_factor, repeats))
+
+    def _sleep(self, seconds: float) -> None:
+        """Every pause between requests; `aio` can end one early."""
+        time.sleep(seconds)
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._api_key:
+            request.headers["Authorization"] = f"Bearer {self._api_key}"
+        return request
+
+    def _name(self, method: str, path: str) -> str:
+        return f"{method} {self.base_url}{path}"
+
+    def _request(self, method: str, path: str, *, once: bool = False, **options: Any) -> Any:
+        """Make a request and return its JSON; None for an answer without a body.
+
+        The adapter repeats it until there are headers; here it is repeated when the body was cut short or is
+        not JSON, within the same number.
+        """
+        what = self._name(method, path)
+        repeatable = not once and (method != "POST" or self._idempotent_uploads)
+        repeats = 0
+        while True:
+            response = self._send(method, path, once=once, **options)
+            repeats += len(getattr(response.raw.retries, "history", None) or ())
+            if method == "DELETE" and response.status_code == 404 and repeats:
+                response.close()
+                return None  # an earlier try did it, and its answer was lost
+            check_status(response, what, self._api_key)
+            try:
+                return read_json(response, what, self._api_key)
+            except (ConnectionFailedError, InvalidResponseError):
+                if not repeatable or repeats >= self._retries:
+                    raise
+            repeats += 1
+            self._pause(repeats)
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        *,
+        once: bool = False,
+        headers: Optional[Dict[str, str]] = None,
+        read_timeout: Optional[float] = None,
+        **options: Any,
+    ) -> requests.Response:
+        """Send a request, and return the answer when its headers are there, whatever the status."""
+        session = self._session_once if once else self._session
+        wait = self.timeout if read_timeout is None else min(read_timeout, self.timeout)
+        started = time.monotonic()
+        try:
+            response = session.request(
+                method,
+                self.base_url + path,
+                headers=dict(headers or {}, **{"User-Agent": f"synthgen-client/{__version__}"}),
+                # A callable: ~/.netrc would replace a header. Without a key a caller's session keeps its own.
+                auth=self._authorize if self._api_key or not session.auth else session.auth,
+                timeout=(_CONNECT_TIMEOUT, wait),
+                allow_redirects=False,  # requests would turn a POST into a GET
+                stream=True,
+                verify=session.verify,  # else REQUESTS_CA_BUNDLE wins over what a caller's session says
+                **options,
+            )
+        except WIRE_ERRORS as exc:
+            raise no_answer(exc, self._name(method, path), wait) from exc
+        response.raw.enforce_content_length = True  # urllib3 1.26 would end a short body without an error
+        logger.debug("%s %s -> %d in %.3f s", method, path, response.status_code, time.monotonic() - started)
+        return response
+
+
+def _upload_error(
+    exc: Exception, batch_id: str, uploaded: int, chunk: List[Task], chunks: Chunks, key: str, refused: bool
+) -> BatchUploadError:
+    """What is known of each task when an upload ended."""
+    unconfirmed, unsent = ([], chunk + chunks.unsent) if refused else (chunk, chunks.unsent)
+    maybe = f", {len(unconfirmed):,} more may have been" if unconfirmed else ""
+    return BatchUploadError(
+        f"batch {batch_id!r}: {uploaded:,} tasks were uploaded{maybe}, then: {str(exc) or type(exc).__name__}. "
+        "Go on with create_batch(error.remaining, batch_id=error.batch_id)",
+        status_code=exc.status_code if isinstance(exc, APIError) else None,
+        response=exc.response if isinstance(exc, APIError) else None,
+        batch_id=batch_id,
+        uploaded=uploaded,
+        unconfirmed=unconfirmed,
+        remaining=chunks.rest_after(unsent),
+        idempotency_key=key if unconfirmed else None,
+    )
+
+
+def _new_session(retry: RetryPolicy) -> requests.Session:
+    session = requests.Session()
+    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # no state between requests
+    adapter = HTTPAdapter(max_retries=retry, pool_maxsize=_IDLE_CONNECTIONS)
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+    return session
+
+
+@contextmanager
+def replacing(path: Union[str, "os.PathLike[str]"]) -> Iterator[Any]:
+    """A binary file that takes the place of ``path`` when all went well; otherwise nothing has changed."""
+    target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise OSError(errno.EINVAL, "there is something else than a file", target)
+    part = f"{target}.{uuid.uuid4().hex[:8]}.part"
+    file = open(part, "xb")
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except BaseException:
+        os.unlink(part)
+        raise
+
+
+@contextmanager
+def _watching(monitor: Optional[Monitor]) -> Iterator[Monitor]:
+    """The monitor, or a silent one; its own errors stop nothing, and it is closed at the end."""
+    guarded = guard(Monitor() if monitor is None else monitor)
+    try:
+        yield guarded
+    finally:
+        guarded.close()
+
+
+def _counted(items: Iterable[_Item], monitor: Monitor, total: Optional[int]) -> Iterator[_Item]:
+    """The items; the monitor is told of the first, each hundredth and the last."""
+    count = 0
+    for count, item in enumerate(items, 1):
+        if count % 100 == 1:
+            monitor.download(count, total)
+        yield item
+    monitor.download(count, total)
+
+
+def _expected(batch: Batch, task_status: Optional[Union[TaskStatus, str]]) -> int:
+    """How many tasks an export holds at least; 0 where only a finished batch could tell."""
+    if not batch.done:
+        return 0
+    counts: Dict[Optional[str], int] = {
+        None: batch.total_tasks,
+        TaskStatus.COMPLETED: batch.completed_tasks + batch.cached_tasks,
+        TaskStatus.FAILED: batch.failed_tasks,
+    }
+    return counts.get(task_status, 0)
+
+
+def _checked_tasks(tasks: Iterable[Task]) -> Iterable[Task]:
+    if isinstance(tasks, (BaseModel, dict, str, bytes)):  # iterable, too, but of something else
+        raise TypeError(f"tasks must be an iterable of Task, not one {type(tasks).__name__}")
+    if isinstance(tasks, (list, tuple)):  # others are looked at as they are read
+        for index, task in enumerate(tasks):
+            if not isinstance(task, Task):
+                raise TypeError(f"tasks must be Task objects, not {type(task).__name__} (at {index})")
+    return tasks
+
+
+def _checked_chunk_size(chunk_size: int) -> int:
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a whole number from 1 on, not {chunk_size!r}")
+    return chunk_size
+
+
+def _check_seconds(**settings: Optional[float]) -> None:
+    for name, seconds in settings.items():
+        if seconds is not None and not seconds >= 0:
+            raise ValueError(f"{name} must be a number of seconds from 0 on, not {seconds!r}")
+
+
+def _new_batch_id(batch_id: Optional[str]) -> str:
+    """The id given, or one made up, fit to be posted to."""
+    if batch_id is None:
+        return str(uuid.uuid4())
+    if "/" in str(batch_id):
+        raise ValueError(f"a batch id can't have a slash ({batch_id!r}): it could not be asked for")
+    _quoted(batch_id, "batch id")
+    return batch_id
+
+
+def _batch_path(batch_id: str) -> str:
+    return f"{_BATCHES}/{_quoted(batch_id, 'batch id')}"
+
+
+def _quoted(text: str, what: str) -> str:
+    if not isinstance(text, str) or text in ("", ".", ".."):  # dots would name another resource
+        raise ValueError(f"{text!r} is no {what}")
+    return quote(text, safe="")

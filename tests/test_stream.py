@@ -1,0 +1,182 @@
+"""Tasks out of bytes: whatever is in them, however they are cut, wherever they end."""
+
+import json
+
+import pytest
+from builders import export_line, framework_task
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from synthgen import _stream
+from synthgen._stream import iter_tasks
+
+#: Characters at which readers of text cut lines, or bytes, or JSON.
+TRAPS = st.sampled_from("\u2028\u2029\x85\x0b\x0c\x1c\x00\n\r\ud800\udfff\ufeff\uffff🙂é\\\"{}[],:")
+texts = st.text(st.characters(blacklist_categories=[]) | TRAPS)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
+)
+tasks = st.dictionaries(texts, values, max_size=4)
+
+
+@st.composite
+def exports(draw):
+    """An export: its bytes, and the tasks in it."""
+    lines = draw(st.lists(st.lists(tasks, max_size=3), max_size=3))
+    escaped = draw(st.booleans())
+    layout = draw(st.sampled_from([{}, {"indent": 1}, {"separators": (",", ":")}]))
+
+    def encoded(line):
+        around = {"before": draw(values), "tasks": line, "total": 12, "tasks_of_others": [1]}
+        try:
+            return json.dumps(around, ensure_ascii=escaped, **layout).encode("utf-8")
+        except UnicodeEncodeError:  # half a surrogate pair can only come as an escape
+            return json.dumps(around, **layout).encode("ascii")
+
+    return b"\n".join(map(encoded, lines)), [task for line in lines for task in line]
+
+
+def cut(data, sizes):
+    """The bytes in pieces of these sizes, one after the other, over and over."""
+    start = number = 0
+    while start < len(data):
+        size = sizes[number % len(sizes)]
+        yield data[start : start + size]
+        start, number = start + size, number + 1
+
+
+def same(one, other):
+    """Equal as JSON: NaN is itself, and 1 is not true."""
+    return json.dumps(one) == json.dumps(other)
+
+
+@given(exports(), st.lists(st.integers(1, 50), min_size=1, max_size=5))
+@settings(max_examples=50)
+def test_any_tasks_cut_into_any_reads_come_out_whole(export, sizes):
+    """The values, in order, and texts that mean the same."""
+    data, expected = export
+
+    received = list(iter_tasks(cut(data, sizes)))
+
+    assert same([value for value, _ in received], expected)
+    assert same([json.loads(text) for _, text in received], expected)
+
+
+@given(exports(), st.data())
+@settings(max_examples=50)
+def test_an_export_that_ends_anywhere_gives_no_wrong_task(export, data):
+    """It is an error, or it gives the first of the tasks: how many there should be is for the counts to say."""
+    whole, expected = export
+    end = data.draw(st.integers(0, len(whole)))
+    received = []
+
+    try:
+        for value, _ in iter_tasks(cut(whole[:end], [7])):
+            received.append(value)
+    except EOFError:
+        pass
+
+    assert same(received, expected[: len(received)])
+
+
+@given(exports(), st.data(), st.binary(max_size=60))
+@settings(max_examples=50)
+def test_any_bytes_come_to_an_end_without_any_other_error(export, data, garbage):
+    """After any part of an export."""
+    whole, _ = export
+    end = data.draw(st.integers(0, len(whole)))
+
+    try:
+        list(iter_tasks([whole[:end], garbage]))
+    except (EOFError, ValueError):
+        pass
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"<html>502 Bad Gateway</html>",
+        b"null",
+        b"[]",
+        b'{"tasks": [{"a": 1}] "total" 1}',
+        b'{"tasks": [{"a": nothing, "long enough to be no cut": 1}]}',
+        b'{"tasks": [{"a": "\xff\xff"}]}',
+        b'{"tasks" []}',
+        b'{"tasks": [' + b"[" * 200_000 + b"]" * 200_000 + b"]}",
+    ],
+    ids=lambda data: repr(data[:20]),
+)
+def test_what_is_no_export_is_an_error(data):
+    """A ValueError, not a cut that might be read again with more luck."""
+    with pytest.raises(ValueError):
+        list(iter_tasks([data]))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"{", b'{"tasks"', b'{"tasks":', b'{"tasks": [', b'{"tasks": [{"a": 1}', b'{"tasks": [{"a": 1}]', b'{"total": 12']
+    + [b'{"tasks": [%b' % task for task in (b"-", b"1", b'{"a": tru', b'{"a": "\\ud83', b'{"a": "\xf0\x9f')],
+)  # fmt: skip
+def test_an_end_within_a_line_is_a_cut(data):
+    """In a token, an escape, a number, a character, or between."""
+    with pytest.raises(EOFError):
+        list(iter_tasks([data]))
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b" \r\n", b'{"tasks": [], "total": 0}\n', b'{"total": 0}', b"{}"])
+def test_an_export_without_tasks_has_none(data):
+    """Also one without a byte: the batch's counts say whether that is right."""
+    assert list(iter_tasks([data] if data else [])) == []
+
+
+def test_a_task_is_given_before_the_next_read():
+    """Nothing waits for the end of a line."""
+    line = export_line([framework_task(1), framework_task(2)])
+    end = line.index(b'{"message_id": "2"')
+
+    def reads():
+        yield line[:end]
+        raise AssertionError("read on")
+
+    value, _ = next(iter_tasks(reads()))
+
+    assert value["message_id"] == "1"
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """How many characters each attempt to decode a value had before it."""
+    lengths = []
+    raw_decode = json.JSONDecoder().raw_decode
+
+    def counting(text, start):
+        lengths.append(len(text) - start)
+        return raw_decode(text, start)
+
+    monkeypatch.setattr(_stream, "_raw_decode", counting)
+    return lengths
+
+
+@pytest.mark.parametrize(
+    "huge",
+    ["x" * 1_000_000, ["x"] * 200_000, "🙂" * 100_000, [{"a": {"b": [1.5, None]}}] * 30_000],
+    ids=["text", "list", "emoji", "nested"],
+)
+def test_a_huge_task_is_scanned_a_few_times_and_not_once_per_read(scans, huge):
+    """In all no more than a few times its length, however small the reads are."""
+    line = export_line([{"message_id": "1", "huge": huge}])
+
+    ((value, _),) = iter_tasks(cut(line, [1000]))
+
+    assert value["huge"] == huge
+    assert sum(scans) < 4 * len(line)
+
+
+def test_many_tasks_are_scanned_once_or_twice(scans):
+    """Only the one that a read cuts in two is scanned again."""
+    line = export_line(framework_task(number) for number in range(2000))
+
+    assert len(list(iter_tasks(cut(line, [65536])))) == 2000
+    assert len(scans) <= 2000 + 2 * (len(line) // 65536 + 2)
