@@ -1,0 +1,347 @@
+"""The REST API: from a request to what the store says, in the framework's words."""
+
+import hashlib
+import hmac
+import json
+import re
+import sqlite3
+from enum import Enum
+from itertools import islice
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type
+
+from ..models import CalendarInterval, TaskStatus
+from .store import Conflict, Store, Upload, batch_number, now
+from .uploads import invalid, read_file, read_rows
+from .usage import MINUTE, format_time, parse_time_range, summary, time_series
+from .webserver import HTTPError, Request, Response, json_response
+from .worker import Workers
+
+__all__ = ["API"]
+
+_OPEN_PATHS = ("/", "/health")
+_TASKS_PER_LINE = 100
+#: No page goes beyond this one, as in the framework.
+_MAX_PAGED_TASKS = 10_000
+
+
+class API:
+    """Answers requests.
+
+    Args:
+        store: What is known.
+        workers: What is going on.
+        api_key: What a request must bring.
+    """
+
+    def __init__(self, store: Store, workers: Workers, api_key: str) -> None:
+        self._store = store
+        self._workers = workers
+        self._api_key = api_key.encode("latin-1")
+        batch, task = "/api/v1/batches/([^/]+)", "/api/v1/tasks/([^/]+)"
+        routes: List[Tuple[str, str, Callable[..., Response]]] = [
+            ("GET", "/", self._root),
+            ("GET", "/health", self._health),
+            ("GET", "/token", self._token),
+            ("POST", "/api/v1/batches", self._post_batch),
+            ("GET", "/api/v1/batches", self._get_batches),
+            ("GET", batch, self._get_batch),
+            ("DELETE", batch, self._delete_batch),
+            ("GET", batch + "/tasks", self._get_page),
+            ("GET", batch + "/tasks/export", self._export),
+            ("GET", batch + "/stats", self._get_stats),
+            ("GET", "/api/v1/tasks/stats", self._get_task_stats),
+            ("GET", task, self._get_task),
+            ("DELETE", task, self._delete_task),
+        ]
+        self._routes = [(method, re.compile(path, re.DOTALL), answer) for method, path, answer in routes]
+
+    def __call__(self, request: Request) -> Response:
+        """The answer to a request."""
+        found = self._find(request.path)
+        if request.method in found:
+            answer, arguments = found[request.method]
+            if request.path not in _OPEN_PATHS:
+                self._authenticate(request)
+            try:
+                return answer(request, *arguments)
+            except sqlite3.OperationalError as exc:
+                raise HTTPError(507 if "full" in str(exc) else 500, f"the database can't be used: {exc}") from exc
+        if found:
+            raise HTTPError(405, "Method Not Allowed", {"Allow": ", ".join(found)})
+        if request.path.endswith("/") and self._find(request.path[:-1]):
+            path, mark, query = request.target.partition("?")
+            return Response(307, headers={"Location": path[:-1] + mark + query})
+        raise HTTPError(404, "Not Found")
+
+    def _find(self, path: str) -> Dict[str, Tuple[Callable[..., Response], Tuple[str, ...]]]:
+        """What can be done at a path: by method, the function and its arguments."""
+        found: Dict[str, Tuple[Callable[..., Response], Tuple[str, ...]]] = {}
+        for method, pattern, answer in self._routes:
+            match = pattern.fullmatch(path)
+            if match:
+                found.setdefault(method, (answer, match.groups()))
+        return found
+
+    def _authenticate(self, request: Request) -> None:
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        if not scheme:
+            raise HTTPError(401, "Not authenticated", {"WWW-Authenticate": "Bearer"})
+        is_right = hmac.compare_digest(key.strip().encode("latin-1"), self._api_key)
+        if scheme.lower() != "bearer" or not is_right:
+            raise HTTPError(401, "Invalid authentication credentials", {"WWW-Authenticate": "Bearer"})
+
+    # The server.
+
+    def _root(self, request: Request) -> Response:
+        return json_response(
+            {"message": "Welcome to Synthetic Data Generator API", "docs_url": "/docs", "redoc_url": "/redoc"}
+        )
+
+    def _health(self, request: Request) -> Response:
+        unstored = self._workers.unstored()
+        counters = self._counters(self._store.totals(), len(self._processing()))
+        health = {
+            "status": "unhealthy" if unstored else "healthy",
+            "services": {
+                "api": "healthy",
+                "rabbitmq": "healthy",
+                "elasticsearch": "unhealthy" if unstored else "healthy",  # where the framework keeps tasks
+                "task_queue_consumers": self._workers.count,
+                "task_queue_messages": counters["pending_tasks"],
+                "batch_queue_consumers": 1,
+                "batch_queue_messages": 0,
+            },
+            "error": f"{unstored} results can't be stored: is the disk full?" if unstored else None,
+        }
+        return json_response({"detail": health}, 503) if unstored else json_response(health)
+
+    def _token(self, request: Request) -> Response:
+        return json_response({"isValid": True})
+
+    # Batches.
+
+    def _post_batch(self, request: Request) -> Response:
+        batch_id = request.query.get("batch_id", "")
+        if "/" in batch_id or batch_id in (".", ".."):
+            raise invalid(
+                {
+                    "type": "value_error",
+                    "loc": ["query", "batch_id"],
+                    "msg": "a batch with a slash in its id, or one called . or .., could not be asked for",
+                    "input": batch_id,
+                }
+            )
+        content = read_file(request.headers.get("Content-Type", ""), request.body())
+        digest = hashlib.sha256(batch_id.encode("utf-8") + b"\n" + content).digest()
+        upload = Upload(batch_id or None, read_rows(content), request.headers.get("Idempotency-Key"), digest)
+        try:
+            stored = self._store.add(upload).result()
+        except Conflict:
+            message = "this Idempotency-Key was used for another upload"
+            location = ["header", "Idempotency-Key"]
+            raise invalid({"type": "value_error", "loc": location, "msg": message, "input": None}) from None
+        if stored.first_task is not None:
+            self._workers.added(stored.first_task)
+        return json_response({"batch_id": stored.batch_id, "total_tasks": stored.tasks})
+
+    def _get_batches(self, request: Request) -> Response:
+        batches = [self._batch(row) for row in self._store.batches()]
+        return json_response({"total": len(batches), "batches": batches})
+
+    def _get_batch(self, request: Request, batch_id: str) -> Response:
+        row = self._store.batch(batch_id)
+        return json_response(self._batch(row) if row else None)
+
+    def _delete_batch(self, request: Request, batch_id: str) -> Response:
+        task_ids = self._store.delete_batch(batch_id).result()
+        if task_ids:
+            self._workers.forget(*task_ids)
+        return Response(204)
+
+    # Tasks.
+
+    def _export(self, request: Request, batch_id: str) -> Response:
+        status = _status(request)
+        row = self._store.batch(batch_id)
+        total = self._total(row, status)
+        tasks = self._tasks(row, status)
+        return Response(200, _export_lines(tasks, total), "application/x-ndjson")
+
+    def _get_page(self, request: Request, batch_id: str) -> Response:
+        status = _status(request) or "COMPLETED"
+        page, size = _number(request, "page", 1), _number(request, "page_size", 100, _MAX_PAGED_TASKS)
+        row = self._store.batch(batch_id)
+        first = min((page - 1) * size, _MAX_PAGED_TASKS)
+        tasks = islice(self._tasks(row, status), first, min(first + size, _MAX_PAGED_TASKS))
+        head = json.dumps({"total": self._total(row, status), "page": page, "page_size": size})
+        return Response(200, f'{head[:-1]}, "tasks": [{", ".join(tasks)}]}}'.encode("ascii"))
+
+    def _get_task(self, request: Request, message_id: str) -> Response:
+        row = self._store.task(message_id)
+        if row is None:
+            return json_response(None)
+        return Response(200, self._task(row, row["batch_id"], self._processing(), "null").encode("ascii"))
+
+    def _delete_task(self, request: Request, message_id: str) -> Response:
+        task_id = self._store.delete_task(message_id).result()
+        if task_id is None:
+            raise HTTPError(404, f"Task with message_id {message_id} not found")
+        self._workers.forget(task_id, task_id + 1)
+        return Response(204)
+
+    # Statistics.
+
+    def _get_task_stats(self, request: Request) -> Response:
+        totals = self._store.totals()
+        tokens = {
+            name: totals[name] + totals[f"cached_{name}"]
+            for name in ("total_tokens", "prompt_tokens", "completion_tokens")
+        }
+        return json_response({**self._counters(totals, len(self._processing())), **tokens})
+
+    def _get_stats(self, request: Request, batch_id: str) -> Response:
+        time_range, interval = request.query.get("time_range", "24h"), request.query.get("interval", "1h")
+        _one_of(interval, CalendarInterval, "interval")
+        try:
+            since = now() - parse_time_range(time_range)
+        except ValueError as exc:
+            raise HTTPError(400, f"Invalid time_range parameter: {exc}") from None
+        row = self._store.batch(batch_id)
+        minutes = [dict(minute) for minute in self._store.usage_by_minute(row["number"], since)] if row else []
+        processing = self._processing(row["number"]) if row else {}
+        minutes += [{"minute": started // MINUTE, "processing": 1, "total": 1} for started in processing.values()]
+        current = {"time_range": time_range, "interval": interval, "current_time": format_time(now())}
+        return json_response({**current, "time_series": time_series(minutes, interval), "summary": summary(minutes)})
+
+    # From rows to what the API calls them.
+
+    def _processing(self, batch: Optional[int] = None) -> Dict[int, int]:
+        """Since when each task of a batch, or of all, is being worked on."""
+        processing = self._workers.processing()
+        return {task: since for task, since in processing.items() if batch is None or batch_number(task) == batch}
+
+    def _counters(self, row: sqlite3.Row, processing: int) -> Dict[str, int]:
+        """The counters of a batch, or of all; they add up, though the tasks that run are counted a moment later."""
+        waiting = row["total"] - row["completed"] - row["failed"] - row["cached"]
+        processing = min(processing, waiting)
+        return {
+            "total_tasks": row["total"],
+            "completed_tasks": row["completed"],
+            "failed_tasks": row["failed"],
+            "pending_tasks": waiting - processing,
+            "processing_tasks": processing,
+            "cached_tasks": row["cached"],
+        }
+
+    def _batch(self, row: sqlite3.Row) -> Dict[str, Any]:
+        processing = self._processing(row["number"])
+        counters = self._counters(row, len(processing))
+        started = row["started_at"] or min(processing.values(), default=None)
+        completed = row["completed_at"]
+        return {
+            "batch_id": row["batch_id"],
+            "batch_status": _batch_status(counters),
+            **counters,
+            "created_at": format_time(row["created_at"]),
+            "started_at": format_time(started),
+            "completed_at": format_time(completed),
+            "duration": (completed - row["created_at"]) // 1_000_000 if completed else None,
+            "total_tokens": row["total_tokens"],
+            "prompt_tokens": row["prompt_tokens"],
+            "completion_tokens": row["completion_tokens"],
+        }
+
+    def _total(self, row: Optional[sqlite3.Row], status: Optional[str]) -> int:
+        """How many tasks of a batch have a status, or any."""
+        if row is None:
+            return 0
+        counters = self._counters(row, len(self._processing(row["number"])))
+        if status == "COMPLETED":
+            return counters["completed_tasks"] + counters["cached_tasks"]
+        return counters[f"{status.lower() if status else 'total'}_tasks"]
+
+    def _tasks(self, row: Optional[sqlite3.Row], status: Optional[str]) -> Iterator[str]:
+        """The tasks of a batch that have a status, or any, as JSON."""
+        if row is None:
+            return
+        processing = self._processing(row["number"])
+        stored_status = "PENDING" if status == "PROCESSING" else status
+        for task in self._store.tasks(row["number"], stored_status):
+            if status not in ("PENDING", "PROCESSING") or (task["id"] in processing) == (status == "PROCESSING"):
+                yield self._task(task, row["batch_id"], processing, "{}")
+
+    def _task(self, row: sqlite3.Row, batch_id: str, processing: Dict[int, int], no_completions: str) -> str:
+        """A task as JSON; what is stored as JSON is put in as it is."""
+        is_pending = row["status"] == "PENDING"
+        running_since = processing.get(row["id"]) if is_pending else None
+        started_at = running_since or row["started_at"]
+        task = {
+            "message_id": self._store.message_id(row["id"]),
+            "batch_id": batch_id,
+            "custom_id": row["custom_id"],
+            "status": "PROCESSING" if running_since else row["status"],
+            "cached": bool(row["cached"]),
+            "created_at": format_time(row["created_at"]),
+            "started_at": format_time(started_at),
+            "completed_at": format_time(running_since or row["completed_at"]),
+            "duration": 0 if running_since else row["duration"],
+            "dataset": row["dataset"],
+            "method": row["method"],
+            "url": row["url"],
+            "result": {},
+        }
+        completions = no_completions if is_pending and not running_since else row["completions"]
+        return (
+            f'{json.dumps(task)[:-1]}, "source": {row["source"]}, "body": {row["body"]}, "completions": {completions}}}'
+        )
+
+
+def _export_lines(tasks: Iterator[str], total: int) -> Iterator[bytes]:
+    line = list(islice(tasks, _TASKS_PER_LINE))
+    while True:
+        yield f'{{"tasks": [{", ".join(line)}], "total": {total}}}\n'.encode("ascii")
+        line = list(islice(tasks, _TASKS_PER_LINE))
+        if not line:
+            return
+
+
+def _batch_status(counters: Dict[str, int]) -> str:
+    for name, status in (("processing", "PROCESSING"), ("pending", "PENDING"), ("failed", "FAILED")):
+        if counters[f"{name}_tasks"]:
+            return status
+    return "COMPLETED"
+
+
+# Parameters, and FastAPI's words for wrong ones.
+
+
+def _status(request: Request) -> Optional[str]:
+    status = request.query.get("task_status")
+    if status is not None:
+        _one_of(status, TaskStatus, "task_status")
+    return status
+
+
+def _one_of(text: str, choices: Type[Enum], name: str) -> None:
+    values = [choice.value for choice in choices]
+    if text not in values:
+        expected = ", ".join(f"'{value}'" for value in values[:-1]) + f" or '{values[-1]}'"
+        raise _bad_query("enum", name, f"Input should be {expected}", text, {"expected": expected})
+
+
+def _number(request: Request, name: str, default: int, highest: Optional[int] = None) -> int:
+    text = request.query.get(name, str(default))
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        message = "Input should be a valid integer, unable to parse string as an integer"
+        raise _bad_query("int_parsing", name, message, text)
+    if int(text) < 1:
+        raise _bad_query("greater_than_equal", name, "Input should be greater than or equal to 1", text, {"ge": 1})
+    if highest is not None and int(text) > highest:
+        message = f"Input should be less than or equal to {highest}"
+        raise _bad_query("less_than_equal", name, message, text, {"le": highest})
+    return int(text)
+
+
+def _bad_query(kind: str, name: str, message: str, text: str, context: Optional[Dict[str, Any]] = None) -> HTTPError:
+    error = {"type": kind, "loc": ["query", name], "msg": message, "input": text}
+    return invalid({**error, "ctx": context} if context else error)

@@ -1,0 +1,215 @@
+"""A SQLite file for many threads: one that writes, in groups, and any that read.
+
+Whatever was asked to be written while a group was being committed is the next group, so that many small
+writes cost few commits. What was committed survives the end of the process, and of the machine (WAL,
+synchronous=FULL).
+"""
+
+import logging
+import os
+import queue
+import sqlite3
+import threading
+from collections import deque
+from concurrent.futures import Future
+from contextlib import ExitStack, closing, contextmanager, suppress
+from tempfile import TemporaryDirectory
+from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+from ..exceptions import ConfigurationError
+
+__all__ = ["Database", "Operation"]
+
+logger = logging.getLogger(__name__)
+
+_MAX_GROUP = 1000
+#: While a reader keeps deleted data from being wiped off the disk, seconds until the next try.
+_WIPE_RETRY = 0.5
+
+#: What is to be written: runs in the writing thread, in a transaction, perhaps more than once.
+Operation = Callable[[sqlite3.Connection], Any]
+
+
+class _Write(NamedTuple):
+    operation: Operation
+    done: "Future[Any]"
+
+
+class Database:
+    """The file, open until `close`; nobody but its owner can read it, and no other process can have it open so.
+
+    Args:
+        path: Made if it is not there; ``:memory:`` is a private temporary file, gone when closed.
+        schema: What makes the tables of a new file.
+        application_id: Tells our files from others (``PRAGMA application_id``).
+        version: Of the schema; a file of another one is refused.
+
+    Raises:
+        ConfigurationError: The file can't be used: it names the file, and why.
+    """
+
+    def __init__(self, path: Union[str, "os.PathLike[str]"], schema: str, *, application_id: int, version: int) -> None:
+        self._readers: Deque[sqlite3.Connection] = deque()
+        self._writes: queue.SimpleQueue[Optional[_Write]] = queue.SimpleQueue()
+        self._wiped = threading.Event()
+        self._wiped.set()
+        with ExitStack() as opened:
+            is_temporary = path == ":memory:"  # a real one can't be shared by threads
+            if is_temporary:
+                path = os.path.join(opened.enter_context(TemporaryDirectory(prefix="synthgen-")), "tasks.db")
+            self._path = os.fspath(path)
+            try:
+                self._lock(opened)
+                _make_private(self._path)
+                self._connection = opened.enter_context(closing(self._connect(timeout=0.2)))
+                self._prepare(schema, application_id, version, "OFF" if is_temporary else "FULL")
+            except (OSError, sqlite3.Error) as exc:
+                reason = exc.strerror if isinstance(exc, OSError) else exc
+                raise ConfigurationError(f"can't use the database {self._path}: {reason}") from exc
+            self._opened = opened.pop_all()
+        self._thread = threading.Thread(target=self._write_groups, name="synthgen-database", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Write what there is to write, and let go of the file."""
+        self._writes.put(None)
+        self._thread.join()
+        while self._readers:
+            self._readers.pop().close()
+        self._opened.close()
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection to read with, for this thread until the end of the block."""
+        try:
+            connection = self._readers.pop()
+        except IndexError:
+            connection = self._connect(timeout=5.0)
+        try:
+            yield connection
+        finally:
+            self._readers.append(connection)
+
+    def write(self, operation: Operation) -> "Future[Any]":
+        """Have something written; the future has what the operation returns, once it is committed."""
+        done: Future[Any] = Future()
+        self._writes.put(_Write(operation, done))
+        return done
+
+    def wipe(self) -> None:
+        """Within an operation: once it is committed, what it deleted must go from the disk as well."""
+        self._wiped.clear()
+
+    def wait_until_wiped(self) -> None:
+        """Wait until nothing deleted is left on the disk, or not much longer if a reader stands in the way."""
+        self._wiped.wait(_WIPE_RETRY)
+
+    # Opening.
+
+    def _lock(self, opened: ExitStack) -> None:
+        """Keep the file from other servers, until closed or killed: each would run the tasks of the other."""
+        path = self._path + "-lock"
+        _make_private(path)
+        lock = opened.enter_context(closing(sqlite3.connect(path, timeout=0, check_same_thread=False)))
+        lock.isolation_level = None
+        try:
+            lock.execute("PRAGMA journal_mode = OFF")
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError:
+            raise ConfigurationError(f"can't use the database {self._path}: another server has it open") from None
+        opened.callback(_remove, path)  # before it is unlocked
+
+    def _connect(self, timeout: float) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=timeout, isolation_level=None, check_same_thread=False)
+        connection.row_factory = sqlite3.Row
+        return connection
+
+    def _prepare(self, schema: str, application_id: int, version: int, synchronous: str) -> None:
+        is_new = self._connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
+        found_version = self._pragma("user_version")
+        if not is_new and self._pragma("application_id") != application_id:
+            raise ConfigurationError(f"can't use the database {self._path}: it belongs to another program")
+        if not is_new and found_version != version:
+            raise ConfigurationError(
+                f"can't use the database {self._path}: its format is {found_version}, this version reads {version}"
+            )
+        self._pragma("journal_mode = WAL")
+        self._pragma("wal_checkpoint(TRUNCATE)")  # what a process that was killed left
+        self._pragma("secure_delete = ON")
+        self._connection.execute(f"PRAGMA synchronous = {synchronous}")
+        if is_new:
+            settings = f"PRAGMA application_id = {application_id}; PRAGMA user_version = {version};"
+            self._connection.executescript(f"BEGIN; {settings} {schema} COMMIT")
+
+    def _pragma(self, text: str) -> Any:
+        return self._connection.execute(f"PRAGMA {text}").fetchone()[0]
+
+    # The writing thread.
+
+    def _write_groups(self) -> None:
+        is_open = True
+        while is_open:
+            group, is_open = self._next_group()
+            if group:
+                self._write_group(group)
+            self._wipe_if_wanted()
+
+    def _next_group(self) -> Tuple[List[_Write], bool]:
+        """What there is to write, and whether there can be more; waits for something."""
+        group: List[_Write] = []
+        try:
+            write = self._writes.get(timeout=None if self._wiped.is_set() else _WIPE_RETRY)
+            while write is not None and len(group) < _MAX_GROUP:
+                group.append(write)
+                write = self._writes.get_nowait()
+        except queue.Empty:
+            return group, True
+        return group, write is not None
+
+    def _write_group(self, group: List[_Write]) -> None:
+        try:
+            values = self._transaction([write.operation for write in group])
+        except Exception as exc:  # to whoever asked for it
+            if len(group) == 1:
+                group[0].done.set_exception(exc)
+            else:  # one's failure is not the others'
+                for write in group:
+                    self._write_group([write])
+            return
+        self._wipe_if_wanted()
+        for write, value in zip(group, values):
+            write.done.set_result(value)
+
+    def _transaction(self, operations: List[Operation]) -> List[Any]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            values = [operation(self._connection) for operation in operations]
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:  # a full disk has rolled back already
+                self._connection.execute("ROLLBACK")
+            raise
+        return values
+
+    def _wipe_if_wanted(self) -> None:
+        """Empty the -wal file, where deleted data stays although secure_delete has cleared it in the database."""
+        if not self._wiped.is_set():
+            try:
+                is_busy = self._pragma("wal_checkpoint(TRUNCATE)")
+            except sqlite3.Error as exc:
+                logger.warning("can't empty %s-wal, trying again: %s", self._path, exc)
+                return
+            if not is_busy:
+                self._wiped.set()
+
+
+def _make_private(path: str) -> None:
+    """Make a file that only its owner reads, before anything is in it; SQLite's own files take after it."""
+    with suppress(FileExistsError):  # opening that one, and closing it, would undo this process's locks on it
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    os.chmod(path, 0o600)
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):  # where a file in use can't be removed, it stays, empty
+        os.remove(path)

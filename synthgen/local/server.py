@@ -1,0 +1,112 @@
+"""The embedded server: the store, the workers and the API, behind one address."""
+
+import os
+import secrets
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+from ..exceptions import ConfigurationError
+from ..models import is_header_value
+from .api import API
+from .provider import CallPolicy
+from .store import Store
+from .webserver import WebServer
+from .worker import Workers
+
+if TYPE_CHECKING:
+    from ..client import SynthgenClient
+
+__all__ = ["LocalServer"]
+
+
+class LocalServer:
+    """The framework's REST API on this machine: SQLite instead of its services, threads instead of its workers.
+
+        with LocalServer() as server, server.client() as client:
+            results = client.monitor_batch(tasks)
+
+    A task that was accepted survives the end of the process, and of the machine. After a restart on the
+    same file every unfinished task is run; one that was being called is called once more.
+
+    Args:
+        database: A file, made if it is not there; ``:memory:`` is a private temporary file, gone at the end.
+        host: The address to listen on.
+        port: 0 takes a free one.
+        api_key: What requests must bring; with None a key is made up.
+        workers: How many providers' answers may be waited for at a time.
+
+    Attributes:
+        api_key: What requests must bring.
+
+    Raises:
+        ConfigurationError: A setting is of no use; from `start`, if that is found out only there.
+    """
+
+    _policy = CallPolicy()
+
+    def __init__(
+        self,
+        database: Union[str, "os.PathLike[str]"] = ":memory:",
+        host: str = "127.0.0.1",
+        port: int = 0,
+        api_key: Optional[str] = None,
+        workers: int = 16,
+    ) -> None:
+        if workers < 1:
+            raise ConfigurationError(f"workers must be at least 1, not {workers}")
+        if api_key is not None and not (api_key and is_header_value(api_key)):
+            raise ConfigurationError("api_key can't be sent in a header: it is empty, or has a line break or spaces")
+        self.api_key = secrets.token_urlsafe(32) if api_key is None else api_key
+        self._database = database
+        self._address = (host, port)
+        self._workers = workers
+        self._opened: Optional[ExitStack] = None
+        self._url: Optional[str] = None
+
+    def __repr__(self) -> str:
+        return f"<LocalServer {self._url or 'not started'}>"
+
+    def __enter__(self) -> "LocalServer":
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Listen, and run what is unfinished in the database; nothing if it was started before."""
+        if self._opened is not None:
+            return
+        with ExitStack() as opened:
+            self._store = opened.enter_context(closing(Store(self._database)))
+            workers = opened.enter_context(closing(Workers(self._store, self._workers, self._policy)))
+            api = API(self._store, workers, self.api_key)
+            self._url = opened.enter_context(closing(WebServer(*self._address, respond=api))).url
+            self._opened = opened.pop_all()
+
+    def close(self) -> None:
+        """End every connection and every thread; twice is fine.
+
+        Calls to providers that are running are broken off. Their tasks stay PENDING, and are called
+        again when a server is started on the same file.
+        """
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = self._url = None
+
+    @property
+    def url(self) -> str:
+        """The base URL for clients."""
+        if self._url is None:
+            raise ConfigurationError("the server is not started: use it in a with statement, or call start()")
+        return self._url
+
+    def client(self, **kwargs: Any) -> "SynthgenClient":
+        """A `SynthgenClient` of this server; arguments go to it. No proxy gets in between."""
+        from ..client import SynthgenClient
+
+        kwargs.setdefault("idempotent_uploads", True)
+        client = SynthgenClient(self.url, self.api_key, **kwargs)
+        if "session" not in kwargs:
+            client._session.trust_env = client._session_once.trust_env = False  # HTTP_PROXY means other hosts
+        return client

@@ -1,0 +1,402 @@
+"""What the embedded server knows: batches, tasks and their results.
+
+A task's row id is its batch's number and its number in the batch, put together: a batch is a range of
+row ids in the order of submission, so that nothing needs an index but the cache. The counters of a
+batch are kept in its row, so that asking for them costs the same for any size.
+
+Times are microseconds since 1970, durations milliseconds.
+"""
+
+import os
+import secrets
+import sqlite3
+import time
+from concurrent.futures import Future
+from contextlib import closing
+from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from uuid import uuid4
+
+from .database import Database
+
+__all__ = ["Conflict", "Result", "Store", "Stored", "Upload", "batch_number", "now"]
+
+_APPLICATION_ID = 0x53796E67  # "Syng"
+_VERSION = 1
+_TASK_BITS = 32
+_PAGE = 100
+_PAGE_CHARACTERS = 1 << 20
+
+_SCHEMA = """
+CREATE TABLE batches (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    batch_id TEXT NOT NULL UNIQUE,
+    last_task INTEGER NOT NULL DEFAULT 0,
+    total INTEGER NOT NULL DEFAULT 0,
+    completed INTEGER NOT NULL DEFAULT 0,
+    failed INTEGER NOT NULL DEFAULT 0,
+    cached INTEGER NOT NULL DEFAULT 0,
+    prompt_tokens INTEGER NOT NULL DEFAULT 0,
+    completion_tokens INTEGER NOT NULL DEFAULT 0,
+    total_tokens INTEGER NOT NULL DEFAULT 0,
+    cached_prompt_tokens INTEGER NOT NULL DEFAULT 0,
+    cached_completion_tokens INTEGER NOT NULL DEFAULT 0,
+    cached_total_tokens INTEGER NOT NULL DEFAULT 0,
+    created_at INTEGER NOT NULL,
+    started_at INTEGER,
+    completed_at INTEGER
+);
+CREATE TABLE tasks (  -- what is small first: a scan does not read the pages of long bodies
+    id INTEGER PRIMARY KEY,
+    status TEXT NOT NULL DEFAULT 'PENDING',
+    cached INTEGER NOT NULL DEFAULT 0,
+    created_at INTEGER NOT NULL,
+    started_at INTEGER,
+    completed_at INTEGER,
+    duration INTEGER,
+    prompt_tokens INTEGER NOT NULL DEFAULT 0,
+    completion_tokens INTEGER NOT NULL DEFAULT 0,
+    total_tokens INTEGER NOT NULL DEFAULT 0,
+    use_cache INTEGER NOT NULL,
+    track_progress INTEGER NOT NULL,
+    cache_key BLOB,  -- set once the provider has answered
+    custom_id TEXT,
+    method TEXT NOT NULL,
+    url TEXT NOT NULL,
+    api_key TEXT,  -- until the task has ended
+    dataset TEXT,
+    source TEXT NOT NULL,
+    body TEXT NOT NULL,
+    completions TEXT NOT NULL DEFAULT 'null'
+);
+CREATE INDEX cache ON tasks (cache_key) WHERE cache_key IS NOT NULL;
+CREATE TRIGGER task_ended AFTER UPDATE OF status ON tasks BEGIN
+    UPDATE batches SET
+        completed = completed + (NEW.status = 'COMPLETED' AND NOT NEW.cached),
+        failed = failed + (NEW.status = 'FAILED'),
+        cached = cached + NEW.cached,
+        prompt_tokens = prompt_tokens + NEW.prompt_tokens * (NOT NEW.cached),
+        completion_tokens = completion_tokens + NEW.completion_tokens * (NOT NEW.cached),
+        total_tokens = total_tokens + NEW.total_tokens * (NOT NEW.cached),
+        cached_prompt_tokens = cached_prompt_tokens + NEW.prompt_tokens * NEW.cached,
+        cached_completion_tokens = cached_completion_tokens + NEW.completion_tokens * NEW.cached,
+        cached_total_tokens = cached_total_tokens + NEW.total_tokens * NEW.cached,
+        started_at = MIN(COALESCE(started_at, NEW.started_at), NEW.started_at),
+        completed_at = MAX(COALESCE(completed_at, NEW.completed_at), NEW.completed_at)
+    WHERE number = NEW.id >> 32;
+END;
+CREATE TRIGGER task_deleted AFTER DELETE ON tasks BEGIN
+    UPDATE batches SET
+        total = total - 1,
+        completed = completed - (OLD.status = 'COMPLETED' AND NOT OLD.cached),
+        failed = failed - (OLD.status = 'FAILED'),
+        cached = cached - OLD.cached,
+        prompt_tokens = prompt_tokens - OLD.prompt_tokens * (NOT OLD.cached),
+        completion_tokens = completion_tokens - OLD.completion_tokens * (NOT OLD.cached),
+        total_tokens = total_tokens - OLD.total_tokens * (NOT OLD.cached),
+        cached_prompt_tokens = cached_prompt_tokens - OLD.prompt_tokens * OLD.cached,
+        cached_completion_tokens = cached_completion_tokens - OLD.completion_tokens * OLD.cached,
+        cached_total_tokens = cached_total_tokens - OLD.total_tokens * OLD.cached
+    WHERE number = OLD.id >> 32;
+    DELETE FROM batches WHERE number = OLD.id >> 32 AND total = 0;
+END;
+CREATE TABLE uploads (
+    idempotency_key TEXT PRIMARY KEY,
+    digest BLOB NOT NULL,
+    batch_id TEXT NOT NULL,
+    tasks INTEGER NOT NULL
+);
+CREATE TABLE settings (id_prefix TEXT NOT NULL);
+"""
+
+
+class Conflict(Exception):
+    """An idempotency key was used before, for another upload."""
+
+
+class Upload(NamedTuple):
+    """Tasks to store, and what to know the upload by when it comes again."""
+
+    #: None: the store makes one up.
+    batch_id: Optional[str]
+    #: custom_id, method, url, api_key, body, dataset, source, use_cache, track_progress; body and source as JSON.
+    rows: Sequence[Tuple[Any, ...]]
+    idempotency_key: Optional[str]
+    digest: bytes
+
+
+class Stored(NamedTuple):
+    """What became of an upload."""
+
+    batch_id: str
+    tasks: int
+    #: The row id of the first of the tasks; None for an upload that had been stored before.
+    first_task: Optional[int]
+
+
+class Result(NamedTuple):
+    """How a task ended."""
+
+    completed: bool
+    #: JSON: the provider's answer, or an object with an ``error``.
+    completions: str
+    duration: int
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+    cached: bool = False
+
+
+def now() -> int:
+    """The time, in microseconds since 1970."""
+    return time.time_ns() // 1000
+
+
+def batch_number(task_id: int) -> int:
+    """The number of the batch that a row id belongs to."""
+    return task_id >> _TASK_BITS
+
+
+def _task_ids(batch: int) -> Tuple[int, int]:
+    """The row ids that tasks of a batch can have: the lowest, and one past the highest."""
+    return batch << _TASK_BITS, (batch + 1) << _TASK_BITS
+
+
+class Store:
+    """The database, open until `close`.
+
+    Args:
+        path: The file, made if it is not there; ``:memory:`` is a private temporary file, gone when closed.
+
+    Raises:
+        ConfigurationError: The file can't be used: it names the file, and why.
+    """
+
+    def __init__(self, path: Union[str, "os.PathLike[str]"]) -> None:
+        schema = f"{_SCHEMA} INSERT INTO settings VALUES ('{secrets.token_hex(8)}');"
+        self._database = Database(path, schema, application_id=_APPLICATION_ID, version=_VERSION)
+        with self._database.reading() as connection:
+            self._id_prefix: str = connection.execute("SELECT id_prefix FROM settings").fetchone()[0]
+
+    def close(self) -> None:
+        """Write what there is to write, and let go of the file."""
+        self._database.close()
+
+    # What changes the database: each gives a future that is done when the change is committed.
+
+    def add(self, upload: Upload) -> "Future[Stored]":
+        """Store an upload, whole or not at all; its result is the same one when it comes again.
+
+        Raises:
+            Conflict: From the future: the idempotency key belongs to another upload.
+        """
+
+        def operation(connection: sqlite3.Connection) -> Stored:
+            key, size = upload.idempotency_key, len(upload.rows)
+            query = "SELECT digest, batch_id, tasks FROM uploads WHERE idempotency_key = ?"
+            earlier = connection.execute(query, (key,)).fetchone()
+            if earlier and earlier["digest"] != upload.digest:
+                raise Conflict
+            if earlier:
+                return Stored(earlier["batch_id"], earlier["tasks"], None)
+            batch_id = upload.batch_id or str(uuid4())
+            if key is not None:
+                connection.execute("INSERT INTO uploads VALUES (?, ?, ?, ?)", (key, upload.digest, batch_id, size))
+            return Stored(batch_id, size, _insert_tasks(connection, batch_id, upload.rows))
+
+        return self._database.write(operation)
+
+    def finish(
+        self, task_id: int, result: Result, started_at: int, completed_at: int, cache_key: Optional[bytes]
+    ) -> "Future[None]":
+        """Store how a task ended, and forget its provider key; nothing happens to a task deleted meanwhile."""
+
+        def operation(connection: sqlite3.Connection) -> None:
+            status = "COMPLETED" if result.completed else "FAILED"
+            connection.execute(
+                """
+                UPDATE tasks SET status = ?, started_at = ?, completed_at = ?, cache_key = ?, api_key = NULL,
+                    completions = ?, duration = ?, prompt_tokens = ?, completion_tokens = ?, total_tokens = ?,
+                    cached = ?
+                WHERE id = ? AND status = 'PENDING'
+                """,
+                (status, started_at, completed_at, cache_key, *result[1:], task_id),
+            )
+            query = "SELECT 1 FROM batches WHERE number = ? AND total > completed + failed + cached"
+            if not connection.execute(query, (batch_number(task_id),)).fetchone():
+                self._database.wipe()  # the batch has ended: its provider keys
+
+        return self._database.write(operation)
+
+    def delete_batch(self, batch_id: str) -> "Future[Optional[Tuple[int, int]]]":
+        """Delete a batch; gives the row ids that were in it, first and one past the last, or None."""
+
+        def operation(connection: sqlite3.Connection) -> Optional[Tuple[int, int]]:
+            row = connection.execute("SELECT number FROM batches WHERE batch_id = ?", (batch_id,)).fetchone()
+            if row is None:
+                return None
+            task_ids = _task_ids(row["number"])
+            connection.execute("DELETE FROM batches WHERE number = ?", (row["number"],))
+            connection.execute("DELETE FROM tasks WHERE id >= ? AND id < ?", task_ids)
+            self._database.wipe()
+            return task_ids
+
+        return self._database.write(operation)
+
+    def delete_task(self, message_id: str) -> "Future[Optional[int]]":
+        """Delete a task; gives its row id, or None."""
+        task_id = self._task_id(message_id)
+
+        def operation(connection: sqlite3.Connection) -> Optional[int]:
+            if not connection.execute("DELETE FROM tasks WHERE id = ?", (task_id,)).rowcount:
+                return None
+            self._database.wipe()
+            return task_id
+
+        return self._database.write(operation)
+
+    # What reads it.
+
+    def batch(self, batch_id: str) -> Optional[sqlite3.Row]:
+        """The row of a batch, at the same cost for any size. An ended one has no provider key left on the disk."""
+        self._database.wait_until_wiped()
+        with self._database.reading() as connection:
+            row: Optional[sqlite3.Row] = connection.execute(
+                "SELECT * FROM batches WHERE batch_id = ?", (batch_id,)
+            ).fetchone()
+            return row
+
+    def batches(self) -> List[sqlite3.Row]:
+        """The rows of all batches, newest first."""
+        self._database.wait_until_wiped()
+        with self._database.reading() as connection:
+            return connection.execute("SELECT * FROM batches ORDER BY number DESC").fetchall()
+
+    def totals(self) -> sqlite3.Row:
+        """The counters of all batches, added up; each 0 where there is none."""
+        names = "total completed failed cached prompt_tokens completion_tokens total_tokens".split()
+        names += ["cached_prompt_tokens", "cached_completion_tokens", "cached_total_tokens"]
+        sums = ", ".join(f"COALESCE(SUM({name}), 0) AS {name}" for name in names)
+        with self._database.reading() as connection:
+            row: sqlite3.Row = connection.execute(f"SELECT {sums} FROM batches").fetchone()
+            return row
+
+    def task(self, message_id: str) -> Optional[sqlite3.Row]:
+        """The row of a task, with its ``batch_id``."""
+        task_id = self._task_id(message_id)
+        if task_id is None:
+            return None
+        with self._database.reading() as connection:
+            row: Optional[sqlite3.Row] = connection.execute(
+                "SELECT tasks.*, batch_id FROM tasks, batches WHERE id = ? AND number = ?",
+                (task_id, batch_number(task_id)),
+            ).fetchone()
+            return row
+
+    def tasks(self, batch: int, status: Optional[str] = None) -> Iterator[sqlite3.Row]:
+        """The rows of a batch's tasks, newest first, read a page at a time; no transaction is open in between."""
+        first, end = _task_ids(batch)
+        query = """
+            SELECT * FROM tasks WHERE id >= ? AND id < ? AND status = COALESCE(?, status) ORDER BY id DESC LIMIT ?
+        """
+        while True:
+            with self._database.reading() as connection:
+                rows = connection.execute(query, (first, end, status, _PAGE))
+                page = _first_characters(rows, _PAGE_CHARACTERS)
+            if not page:
+                return
+            yield from page
+            end = page[-1]["id"]
+
+    def usage_by_minute(self, batch: int, since: int) -> List[sqlite3.Row]:
+        """Sums over the tasks that ended from `since` on, for each minute in which any did."""
+        first, end = _task_ids(batch)
+        with self._database.reading() as connection:
+            return connection.execute(
+                """
+                SELECT completed_at / 60000000 AS minute, COUNT(*) AS total,
+                       SUM(status = 'COMPLETED' AND NOT cached) AS completed, SUM(status = 'FAILED') AS failed,
+                       SUM(cached) AS cached, SUM(prompt_tokens) AS prompt_tokens,
+                       SUM(completion_tokens) AS completion_tokens, SUM(total_tokens) AS total_tokens,
+                       SUM(duration) AS duration,
+                       SUM(CASE WHEN status = 'COMPLETED' THEN duration ELSE 0 END) AS completed_duration
+                FROM tasks WHERE id >= ? AND id < ? AND completed_at >= ? GROUP BY minute ORDER BY minute
+                """,
+                (first, end, since),
+            ).fetchall()
+
+    def unfinished_batches(self) -> List[int]:
+        """The numbers of the batches that have tasks to run, oldest first."""
+        with self._database.reading() as connection:
+            rows = connection.execute(
+                "SELECT number FROM batches WHERE total > completed + failed + cached ORDER BY number"
+            )
+            return [row["number"] for row in rows]
+
+    def unfinished_tasks(self, batch: int, after: int, limit: int) -> List[sqlite3.Row]:
+        """What is needed to run a batch's next tasks; `after` is a row id."""
+        with self._database.reading() as connection:
+            return connection.execute(
+                """
+                SELECT id, url, api_key, body, use_cache, track_progress FROM tasks
+                WHERE id > ? AND id < ? AND status = 'PENDING' ORDER BY id LIMIT ?
+                """,
+                (max(after, _task_ids(batch)[0]), _task_ids(batch)[1], limit),
+            ).fetchall()
+
+    def cached(self, cache_key: bytes) -> Optional[Result]:
+        """The newest result of an identical task that completed."""
+        with self._database.reading() as connection:
+            row = connection.execute(
+                """
+                SELECT completions, duration, prompt_tokens, completion_tokens, total_tokens
+                FROM tasks WHERE cache_key = ? ORDER BY id DESC LIMIT 1
+                """,
+                (cache_key,),
+            ).fetchone()
+        return Result(True, *row)._replace(cached=True) if row else None
+
+    def message_id(self, task_id: int) -> str:
+        """The public id of a task: the database's own prefix and the row id, in the form of a UUID."""
+        text = f"{self._id_prefix}{task_id:016x}"
+        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+    def _task_id(self, message_id: str) -> Optional[int]:
+        try:
+            task_id = int(message_id.replace("-", "")[16:], 16)
+        except ValueError:
+            return None
+        return task_id if self.message_id(task_id) == message_id and task_id < 1 << 63 else None
+
+
+def _insert_tasks(connection: sqlite3.Connection, batch_id: str, rows: Sequence[Tuple[Any, ...]]) -> int:
+    """Add tasks to a batch, made if it is not there; gives the row id of the first."""
+    created = now()
+    connection.execute("INSERT OR IGNORE INTO batches (batch_id, created_at) VALUES (?, ?)", (batch_id, created))
+    query = "SELECT number, last_task FROM batches WHERE batch_id = ?"
+    batch, last = connection.execute(query, (batch_id,)).fetchone()
+    first: int = _task_ids(batch)[0] + last + 1
+    connection.executemany(
+        """
+        INSERT INTO tasks (id, created_at, custom_id, method, url, api_key, body, dataset, source,
+                           use_cache, track_progress)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+        """,
+        ((task_id, created, *row) for task_id, row in enumerate(rows, first)),
+    )
+    connection.execute(
+        "UPDATE batches SET last_task = last_task + ?, total = total + ? WHERE number = ?",
+        (len(rows), len(rows), batch),
+    )
+    return first
+
+
+def _first_characters(rows: sqlite3.Cursor, enough: int) -> List[sqlite3.Row]:
+    """The first rows of an answer: all, or as many as have so much text together."""
+    page, size = [], 0
+    with closing(rows):
+        for row in rows:
+            page.append(row)
+            size += len(row["body"]) + len(row["completions"])
+            if size >= enough:
+                break
+    return page

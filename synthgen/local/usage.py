@@ -1,0 +1,115 @@
+"""Statistics over time: minutes added up to calendar intervals, in UTC."""
+
+import re
+from collections import Counter
+from datetime import datetime, timedelta, timezone
+from typing import Any, Dict, Iterable, List, Mapping, Optional
+from typing import Counter as CounterType
+
+__all__ = ["MINUTE", "format_time", "parse_time_range", "summary", "time_series"]
+
+#: In microseconds, as all times in the store.
+MINUTE = 60_000_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+#: Minutes in a unit of a time range, its name, how many are allowed, and how long that is.
+_UNITS = {"m": (1, "Minutes", 1440, "24 hours"), "h": (60, "Hours", 720, "30 days"), "d": (1440, "Days", 365, "1 year")}
+
+
+def format_time(microseconds: Optional[int]) -> Optional[str]:
+    """A time of the store, as the API gives it."""
+    if microseconds is None:
+        return None
+    return (_EPOCH + timedelta(microseconds=microseconds)).isoformat(timespec="microseconds")
+
+
+def parse_time_range(text: str) -> int:
+    """The length of a range such as ``24h``, in microseconds.
+
+    Raises:
+        ValueError: With the framework's words.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})([mhd])", text)
+    if not match:
+        form = "'Xm', 'Xh', or 'Xd' where X is a positive number and m=minutes, h=hours, d=days"
+        raise _bad_range(text, f"Time range must be in format {form}")
+    size, name, highest, longest = _UNITS[match.group(2)]
+    count = int(match.group(1))
+    if count < 1:
+        raise _bad_range(text, "Time range value must be positive")
+    if count > highest:
+        raise _bad_range(text, f"{name} should not exceed {highest} ({longest})")
+    return count * size * MINUTE
+
+
+def time_series(minutes: Iterable[Mapping[str, int]], interval: str) -> List[Dict[str, Any]]:
+    """One point for each interval in which something happened, oldest first."""
+    buckets: Dict[datetime, CounterType[str]] = {}
+    for minute in minutes:
+        start = _start(_EPOCH + timedelta(minutes=minute["minute"]), interval)
+        buckets.setdefault(start, Counter()).update(minute)
+    return [
+        {
+            "timestamp": start.strftime("%Y-%m-%d %H:%M:%S"),
+            "total_tasks": sums["total"],
+            "completed_tasks": sums["completed"],
+            "failed_tasks": sums["failed"],
+            "cached_tasks": sums["cached"],
+            "total_tokens": sums["total_tokens"],
+            "prompt_tokens": sums["prompt_tokens"],
+            "completion_tokens": sums["completion_tokens"],
+            "avg_duration_ms": _ratio(sums["duration"], sums["total"], 0),
+            "tokens_per_second": _ratio(1000 * sums["completion_tokens"], sums["duration"], 2),
+        }
+        for start, sums in sorted(buckets.items())
+    ]
+
+
+def summary(minutes: Iterable[Mapping[str, int]]) -> Dict[str, Any]:
+    """All minutes together."""
+    sums: CounterType[str] = Counter()
+    for minute in minutes:
+        sums.update(minute)
+    return {
+        "total_tasks": sums["total"],
+        "completed_tasks": sums["completed"],
+        "failed_tasks": sums["failed"],
+        "cached_tasks": sums["cached"],
+        "processing_tasks": sums["processing"],
+        "total_tokens": sums["total_tokens"],
+        "total_prompt_tokens": sums["prompt_tokens"],
+        "total_completion_tokens": sums["completion_tokens"],
+        "average_response_time": _ratio(sums["duration"], sums["total"], 0),
+        "tokens_per_second": _ratio(1000 * sums["completion_tokens"], sums["completed_duration"], 2),
+        "cache_hit_rate": _ratio(100 * sums["cached"], sums["total"], 2),
+    }
+
+
+def _start(moment: datetime, interval: str) -> datetime:
+    """Where the interval around a moment begins; weeks do on Monday."""
+    if interval in ("minute", "1m"):
+        return moment
+    if interval in ("hour", "1h"):
+        return moment.replace(minute=0)
+    day = moment.replace(hour=0, minute=0)
+    if interval in ("day", "1d"):
+        return day
+    if interval in ("week", "1w"):
+        return day - timedelta(days=day.weekday())
+    if interval in ("month", "1M"):
+        return day.replace(day=1)
+    if interval in ("quarter", "1q"):
+        return day.replace(month=day.month - (day.month - 1) % 3, day=1)
+    return day.replace(month=1, day=1)
+
+
+def _ratio(part: int, whole: int, digits: int) -> float:
+    ratio = round(part / whole, digits) if whole else 0.0
+    return ratio if digits else int(ratio)
+
+
+def _bad_range(text: str, message: str) -> ValueError:
+    return ValueError(
+        f"1 validation error for TimeRange\ntime_range\n  Value error, {message} "
+        f"[type=value_error, input_value={text!r}, input_type=str]\n"
+        "    For further information visit https://errors.pydantic.dev/2.10/v/value_error"
+    )

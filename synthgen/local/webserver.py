@@ -1,0 +1,389 @@
+"""A small threaded HTTP/1.1 server: connections, limits and time-outs. What to answer is a function's business.
+
+A thread per connection, and so many connections at a time; more wait in the listening socket's queue, and
+a connection that only waits for its next request gives way to them.
+"""
+
+import io
+import json
+import logging
+import selectors
+import socket
+import threading
+import time
+import traceback
+from email.message import Message
+from http import HTTPStatus
+from http.client import HTTPException
+from http.server import BaseHTTPRequestHandler
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Union
+from urllib.parse import parse_qsl, unquote
+
+from ..exceptions import ConfigurationError
+
+__all__ = ["HTTPError", "Request", "Response", "WebServer", "json_response"]
+
+logger = logging.getLogger(__name__)
+
+_MAX_CONNECTIONS = 200
+#: A connection that waits for its next request may be closed after so many seconds, if others wait for it.
+_MIN_IDLE = 1.0
+_MAX_IDLE = 120.0
+_MAX_BACKLOG = 128
+_MAX_HEAD_BYTES = 128 << 10
+_MAX_BODY_BYTES = 256 << 20
+#: More than any body that is taken: how much is left of a request that made no sense.
+_UNKNOWN = 1 << 62
+#: Seconds for a request's head; for its body, so many and one more for each 64 KiB; and for each write of an answer.
+_HEAD_SECONDS = 20.0
+_BODY_SECONDS = 60.0
+_BODY_BYTES_PER_SECOND = 64 << 10
+_WRITE_SECONDS = 300.0
+#: After an answer to a request whose body was not wanted, so much of it is read all the same.
+_UNWANTED_SECONDS = 10.0
+
+
+class Response(NamedTuple):
+    """An answer; a body that is not bytes is sent in chunks, as it comes."""
+
+    status: int
+    body: Union[bytes, Iterable[bytes]] = b""
+    content_type: str = "application/json"
+    headers: Mapping[str, str] = {}
+
+
+class HTTPError(Exception):
+    """An answer that is an error; `detail` is text, or what else the API has there."""
+
+    def __init__(self, status: int, detail: Any, headers: Optional[Mapping[str, str]] = None) -> None:
+        super().__init__(status, detail)
+        self.status = status
+        self.detail = detail
+        self.headers = headers or {}
+
+
+def json_response(value: Any, status: int = 200, headers: Optional[Mapping[str, str]] = None) -> Response:
+    """An answer of a JSON value."""
+    return Response(status, json.dumps(value).encode("ascii"), headers=headers or {})
+
+
+class Request:
+    """What was asked; the body is read when it is asked for.
+
+    Attributes:
+        method: E.g. ``GET``.
+        target: Path and query as they came.
+        path: Percent-decoded.
+        query: The last value of each parameter.
+        headers: Names in any case.
+    """
+
+    def __init__(self, connection: "_Connection") -> None:
+        path, _, query = connection.path.partition("?")
+        self.method = connection.command
+        self.target = connection.path
+        self.path = unquote(path)
+        self.query = dict(parse_qsl(query, keep_blank_values=True))
+        self.headers: Message = connection.headers
+        self.body: Callable[[], bytes] = connection.read_body
+
+
+Respond = Callable[[Request], Response]
+
+
+class _Unfinished(ConnectionError):
+    """The client went away, or was too slow, in the middle of a request."""
+
+
+class _HeadTooLarge(HTTPException):
+    """What http.server answers with 431."""
+
+
+class _Incoming(io.RawIOBase):
+    """What a client sends, under one deadline for all reads together."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._deadline = 0.0
+        self._allowed: float = 0
+
+    def allow(self, seconds: float, size: float = float("inf")) -> None:
+        """Let so many bytes come within so many seconds from now."""
+        self._deadline = time.monotonic() + seconds
+        self._allowed = size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._allowed <= 0:
+            raise _HeadTooLarge(f"the headers are larger than {_MAX_HEAD_BYTES} bytes")
+        self._connection.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        received = self._connection.recv_into(buffer)
+        self._allowed -= received
+        return received
+
+
+class _Connection(BaseHTTPRequestHandler):
+    """One client's connection: reads requests, writes answers."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: "WebServer"  # type: ignore[assignment]
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self._incoming = _Incoming(self.connection)
+        self.rfile = self._reader = io.BufferedReader(self._incoming)
+
+    def handle_one_request(self) -> None:
+        self.close_connection = True
+        self._unread = 0
+        self._is_waiting = False
+        self.server.is_idle(self.connection)
+        self._incoming.allow(_MAX_IDLE)
+        if not self._reader.peek(1):
+            return
+        self.server.is_busy(self.connection)
+        self._incoming.allow(_HEAD_SECONDS, _MAX_HEAD_BYTES)
+        super().handle_one_request()
+
+    def handle_expect_100(self) -> bool:
+        self._is_waiting = True  # for its body to be wanted
+        return True
+
+    def answer(self) -> None:
+        try:
+            self._unread = self._content_length()
+            response = self.server.respond(Request(self))
+        except HTTPError as error:
+            response = self._error(error)
+        except _Unfinished:
+            self.close_connection = True
+            return
+        except Exception as exc:
+            _log_failure(exc)
+            response = self._error(HTTPError(500, "Internal Server Error"))
+        self._send(response)
+        self._discard_body()
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
+
+    def read_body(self) -> bytes:
+        """The request's body, whole."""
+        size = self._unread
+        if size > _MAX_BODY_BYTES:
+            raise HTTPError(413, f"the request is larger than {_MAX_BODY_BYTES >> 20} MiB; send less at a time")
+        if self._is_waiting:
+            self._is_waiting = False
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._incoming.allow(_BODY_SECONDS + size / _BODY_BYTES_PER_SECOND)
+        try:
+            body = self.rfile.read(size)
+        except OSError as exc:
+            raise _Unfinished(str(exc)) from exc
+        if len(body) < size:
+            raise _Unfinished(f"{len(body)} of {size} bytes came")
+        self._unread = 0
+        return body
+
+    def _content_length(self) -> int:
+        self._unread = _UNKNOWN
+        lengths = {length.strip() for length in self.headers.get_all("Content-Length", [])}
+        if "Transfer-Encoding" in self.headers or (not lengths and self.command in ("POST", "PUT", "PATCH")):
+            raise HTTPError(411, "a request with a body needs a Content-Length, and no Transfer-Encoding")
+        length = lengths.pop() if lengths else "0"
+        if lengths or not (length.isascii() and length.isdigit()):
+            raise HTTPError(400, "the Content-Length is not a number")
+        return int(length) if len(length) < 19 else _UNKNOWN
+
+    def _discard_body(self) -> None:
+        """Read what is left of the request, so that a client that is still sending gets to see the answer."""
+        if self.close_connection:
+            self.connection.shutdown(socket.SHUT_WR)
+        self._incoming.allow(_UNWANTED_SECONDS)
+        while self._unread and not self._is_waiting:
+            received = len(self.rfile.read1(min(self._unread, 1 << 16)))
+            self._unread -= received
+            if not received:
+                break
+
+    def _send(self, response: Response) -> None:
+        is_stream = not isinstance(response.body, bytes)
+        is_chunked = is_stream and self.request_version == "HTTP/1.1"
+        if self._is_waiting or self._unread > _MAX_BODY_BYTES or (is_stream and not is_chunked):
+            self.close_connection = True
+        head = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}"]
+        head += [f"{name}: {value}" for name, value in response.headers.items()]
+        head += [f"Content-Type: {response.content_type}"]
+        if is_chunked:
+            head += ["Transfer-Encoding: chunked"]
+        elif isinstance(response.body, bytes) and response.status != 204:
+            head += [f"Content-Length: {len(response.body)}"]
+        if self.close_connection:
+            head += ["Connection: close"]
+        start = "\r\n".join([*head, "", ""]).encode("latin-1")
+        self.connection.settimeout(_WRITE_SECONDS)
+        if isinstance(response.body, bytes):
+            self.connection.sendall(start + (b"" if self.command == "HEAD" else response.body))
+        else:
+            self._send_stream(start, response.body, is_chunked)
+
+    def _send_stream(self, start: bytes, chunks: Iterable[bytes], is_chunked: bool) -> None:
+        self.connection.sendall(start)
+        try:
+            for chunk in chunks:
+                self.connection.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk) if is_chunked else chunk)
+        except OSError:  # the client's side
+            raise
+        except Exception as exc:  # too late for another status; a stream that breaks off says it
+            _log_failure(exc)
+            self.close_connection = True
+        else:
+            if is_chunked:
+                self.connection.sendall(b"0\r\n\r\n")
+
+    def _error(self, error: HTTPError) -> Response:
+        return json_response(self.server.error_body(error), error.status, error.headers)
+
+    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+        """Answer a request that http.server could not make sense of."""
+        self._unread = _UNKNOWN
+        self._send(self._error(HTTPError(code, message or HTTPStatus(code).phrase)))
+        self._discard_body()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        logger.debug(format, *args)
+
+
+class WebServer:
+    """Listens, until closed, and gives each request to a function.
+
+    Args:
+        host: The address to listen on.
+        port: 0 takes a free one.
+        respond: Answers a request, in any of the server's threads; may raise `HTTPError`.
+        error_body: The JSON value for an error.
+
+    Raises:
+        ConfigurationError: The address can't be listened on.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        respond: Respond,
+        error_body: Callable[[HTTPError], Any] = lambda error: {"detail": error.detail},
+    ) -> None:
+        self.respond = respond
+        self.error_body = error_body
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            self._listener = socket.create_server((host, port), family=family, backlog=_MAX_BACKLOG)
+        except (OSError, OverflowError, UnicodeError) as exc:
+            raise ConfigurationError(f"can't listen on {host}, port {port}: {exc}") from exc
+        self._wake, self._waker = socket.socketpair()
+        self._is_open = True
+        #: The open connections, and since when (`time.monotonic`) each waits for a request; None while it does not.
+        self._connections: Dict[socket.socket, Optional[float]] = {}
+        self._changed = threading.Condition()
+        self._threads: List[threading.Thread] = []
+        self._accepting = threading.Thread(target=self._accept, name="synthgen-accept", daemon=True)
+        self._accepting.start()
+
+    @property
+    def url(self) -> str:
+        """Where it listens, with no slash at the end; an address that means all of them is given as loopback."""
+        host, port = self._listener.getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def close(self) -> None:
+        """End every connection and every thread; twice is fine."""
+        with self._changed:
+            if not self._is_open:
+                return
+            self._is_open = False
+            for connection in self._connections:
+                _shut(connection)
+            self._changed.notify_all()
+        self._waker.send(b"x")
+        self._accepting.join()
+        for thread in self._threads:
+            thread.join()
+        for opened in (self._listener, self._wake, self._waker):
+            opened.close()
+
+    def is_idle(self, connection: socket.socket) -> None:
+        """A connection waits for its next request: it may be closed in favour of another one."""
+        with self._changed:
+            self._connections[connection] = time.monotonic()
+            if not self._is_open:
+                _shut(connection)
+            self._changed.notify_all()
+
+    def is_busy(self, connection: socket.socket) -> None:
+        """A connection has a request."""
+        with self._changed:
+            self._connections[connection] = None
+
+    def _accept(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ)
+            selector.register(self._wake, selectors.EVENT_READ)
+            while self._wait_for_room():
+                selector.select()
+                if self._is_open:
+                    self._accept_one()
+
+    def _accept_one(self) -> None:
+        try:
+            connection, address = self._listener.accept()
+        except OSError as exc:  # no file descriptors left, or the client is gone already
+            logger.warning("can't accept a connection: %s", exc)
+            with self._changed:
+                self._changed.wait(0.1)
+            return
+        thread = threading.Thread(target=self._serve, args=(connection, address), name="synthgen-http", daemon=True)
+        self.is_idle(connection)
+        self._threads = [thread, *(other for other in self._threads if other.is_alive())]
+        thread.start()
+
+    def _serve(self, connection: socket.socket, address: Any) -> None:
+        try:
+            _Connection(connection, address, self)  # type: ignore[arg-type]
+        except OSError as exc:  # clients come and go
+            logger.debug("a connection ended: %s", exc)
+        finally:
+            with self._changed:
+                del self._connections[connection]
+                self._changed.notify_all()
+            connection.close()
+
+    def _wait_for_room(self) -> bool:
+        """Wait until one more connection may be open; False when the server is closing."""
+        with self._changed:
+            while self._is_open and len(self._connections) >= _MAX_CONNECTIONS:
+                waiting = [(since, connection) for connection, since in self._connections.items() if since]
+                longest = min(waiting, key=lambda item: item[0], default=None)
+                if longest and time.monotonic() - longest[0] >= _MIN_IDLE:
+                    _shut(longest[1])
+                    self._connections[longest[1]] = None
+                self._changed.wait(_MIN_IDLE)
+            return self._is_open
+
+
+def _shut(connection: socket.socket) -> None:
+    """End whatever reads or writes on a connection, in any thread."""
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        logger.debug("a connection is gone already")
+
+
+def _log_failure(exc: Exception) -> None:
+    """Log where an error came from; not its message, which may hold what a request said."""
+    trace = "".join(traceback.format_tb(exc.__traceback__))
+    logger.error("%s while answering a request:\n%s", type(exc).__name__, trace)
