@@ -1,0 +1,211 @@
+"""What is drawn with rich: `RichMonitor`, and the tables of the command line. No other module imports rich.
+
+Whatever comes from outside becomes a `Text`: rich reads a plain string as markup.
+"""
+
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from typing import Callable, Iterable, List, Optional, Sequence, TextIO
+
+from .exceptions import MissingDependencyError
+from .models import Batch, BatchCost, HealthResponse, TimeSeriesDataPoint
+from .monitor import PlainMonitor, health_rows, printable
+
+try:
+    from rich import box
+    from rich.bar import Bar
+    from rich.columns import Columns
+    from rich.console import Console, Group, RenderableType
+    from rich.errors import LiveError
+    from rich.file_proxy import FileProxy
+    from rich.live import Live
+    from rich.panel import Panel
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+except ImportError as exc:
+    raise MissingDependencyError(
+        "drawing needs 'rich': pip install 'synthgen-client[rich]' (PlainMonitor says the same in plain lines)"
+    ) from exc
+
+__all__ = ["RichMonitor", "print_stats", "print_table"]
+
+_WIDTH = 100
+_NOTES_SHOWN = 3
+# Colours that can be read on a light and on a dark background.
+_COLOURS = {
+    "completed": "green",
+    "cached": "cyan",
+    "failed": "red",
+    "processing": "magenta",
+    "healthy": "green",
+    "unhealthy": "bold red",
+}
+#: Two displays on one terminal overwrite each other: one starts at a time, and sees the one that started before.
+_starting = threading.Lock()
+
+
+class RichMonitor(PlainMonitor):
+    """Draws the batch on a terminal or in Jupyter; writes plain lines where it can't, or where another display is live.
+
+    It is itself what is drawn: ``console.print(monitor)`` shows the present state.
+
+    Args:
+        console: Where to draw; by default stderr.
+        clock: What tells the time, in seconds.
+    """
+
+    def __init__(self, console: Optional[Console] = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock=clock)
+        self._console = console or Console(stderr=True)
+        self._live: Optional[Live] = None
+
+    def health(self, health: HealthResponse) -> None:
+        if self._live is None and not self._can_draw():
+            return super().health(health)
+        self._restart()
+        table = Table(title=self._text(f"server {health.status}"), box=box.ROUNDED, show_header=False)
+        table.title_style, table.title_justify = "", "left"
+        for name, state in health_rows(health):
+            table.add_row(Text(name), self._text(state, _COLOURS.get(state, "")))
+        self._console.print(table)
+
+    def note(self, text: str) -> None:
+        if self._start():
+            self.progress.notes = [*self.progress.notes, text]  # not changed in place: another thread draws it
+        else:
+            super().note(text)
+
+    def finish(self, batch: Batch, cost: BatchCost) -> None:
+        if not self._start():
+            return super().finish(batch, cost)
+        self.progress.poll(batch, self.progress.submitted, cost)
+        self._phase = "finish"
+
+    def close(self) -> None:
+        if self._live:
+            self._live.refresh()  # in Jupyter, stopping alone leaves the frame before the last
+            self._live.stop()
+            self._live = None
+        super().close()
+
+    def _restart(self) -> None:
+        super()._restart()
+        self._in_lines = False
+
+    def _say(self, phase: str, news: str, detail: str = "") -> None:
+        if self._start():
+            self._phase = phase  # the display draws itself four times a second
+        else:
+            super()._say(phase, news, detail)
+
+    def _can_draw(self) -> bool:
+        console = self._console
+        drawable = find_spec("ipywidgets") is not None if console.is_jupyter else console.is_interactive
+        # A live display puts a proxy in place of these, and shows above itself what is written to them.
+        return drawable and not isinstance(sys.stdout, FileProxy) and not isinstance(sys.stderr, FileProxy)
+
+    def _start(self) -> bool:
+        """Begin to draw; false where that can't be: this batch is then told of in lines, to its end."""
+        with _starting:
+            if self._live is None and not self._in_lines:
+                self._live = self._new_live() if self._can_draw() else None
+                self._in_lines = self._live is None
+        return self._live is not None
+
+    def _new_live(self) -> Optional[Live]:
+        # A script's own prints go through the display, or they would break it; not into it, when redirected.
+        redirect = sys.stdout is not None and sys.stdout.isatty()
+        live = Live(self, console=self._console, redirect_stdout=redirect)
+        try:
+            live.start(refresh=True)
+        except LiveError:  # there is another, on the console that was given
+            return None
+        return live
+
+    def __rich__(self) -> RenderableType:
+        progress = self.progress
+        parts: List[Optional[RenderableType]] = []
+        if self._phase == "finish":
+            parts.append(self._summary())
+        elif self._phase == "upload":
+            bar = _bar(progress.uploaded, progress.to_upload)
+            parts.append(self._panel(bar, self._pieces([progress.uploaded_text()])))
+        elif progress.total:
+            lines = ([progress.done_text(), *progress.times()], progress.counts(), progress.tokens(), progress.costs())
+            parts.append(self._panel(_bar(progress.finished, progress.total), *map(self._pieces, lines)))
+        parts.extend(self._text(note, "magenta") for note in progress.notes[-_NOTES_SHOWN:])
+        if self._phase == "download":
+            parts.append(_bar(progress.received, progress.to_receive))
+            parts.append(self._text(progress.received_text()))
+        return _stack(parts)
+
+    def _summary(self) -> Panel:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        for label, text in self.progress.summary():
+            grid.add_row(Text(label), self._text(text))
+        failed = self.progress.batch is not None and self.progress.batch.failed_tasks
+        return self._panel(grid, style="red" if failed else "green")
+
+    def _panel(self, *parts: Optional[RenderableType], style: str = "") -> Panel:
+        title = self._text(f"batch {self.progress.batch_id}")
+        width = min(self._console.width, _WIDTH)
+        return Panel(_stack(parts), title=title, title_align="left", border_style=style, width=width)
+
+    def _pieces(self, texts: List[str]) -> Columns:
+        """Texts side by side, in as many rows as the width asks for, none of them torn."""
+        return Columns([self._text(text, _COLOURS.get(text.split()[-1], "")) for text in texts], padding=(0, 3))
+
+    def _text(self, text: str, style: str = "") -> Text:
+        return Text(printable(text, self._console.encoding), style, overflow="fold")
+
+
+def _stack(parts: Iterable[Optional[RenderableType]]) -> Group:
+    return Group(*(part for part in parts if part is not None))
+
+
+def _bar(done: int, total: Optional[int]) -> Optional[RenderableType]:
+    if not total:
+        return None
+    grid = Table.grid(padding=(0, 1), expand=True)
+    grid.add_column(ratio=1)
+    grid.add_column(no_wrap=True, justify="right")
+    bar = ProgressBar(total, done, style="bright_black", complete_style="green", finished_style="green")
+    grid.add_row(bar, Text(f"{100 * min(done, total) // total}%"))
+    return grid
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], stream: TextIO) -> None:
+    """Draw a table of texts, as wide as they are: on a narrow terminal too, an id can be copied."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0))
+    for header in headers:
+        table.add_column(Text(header))
+    for row in rows:
+        table.add_row(*(Text(printable(cell, stream.encoding)) for cell in row))
+    console = Console(file=stream)
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
+    console.print(table)
+
+
+def print_stats(points: Sequence[TimeSeriesDataPoint], stream: TextIO) -> None:
+    """Draw the tasks and tokens of each time bucket as bars, side by side."""
+    table = Table(box=box.SIMPLE_HEAD, expand=True)
+    table.add_column("UTC")
+    most_tasks = max((point.total_tasks for point in points), default=0)
+    most_tokens = max((point.total_tokens for point in points), default=0)
+    for name in ("tasks", "tokens"):
+        table.add_column(name, justify="right")
+        table.add_column(ratio=1)
+    for point in points:
+        table.add_row(
+            Text(f"{point.timestamp:%Y-%m-%d %H:%M}"),
+            Text(f"{point.total_tasks:,}"),
+            Bar(most_tasks or 1, 0, point.total_tasks, color="cyan"),
+            Text(f"{point.total_tokens:,}"),
+            Bar(most_tokens or 1, 0, point.total_tokens, color="green"),
+        )
+    Console(file=stream).print(table)
