@@ -1,0 +1,513 @@
+"""The command line: ``synthgen``, or ``python -m synthgen``.
+
+Results go to stdout or into a file, everything else to stderr, so that ``synthgen export ID | jq`` works.
+"""
+
+import argparse
+import codecs
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
+
+from pydantic import BaseModel, ValidationError
+
+from . import __version__
+from .client import SynthgenClient, replacing
+from .exceptions import (
+    AuthenticationError,
+    BatchIncompleteError,
+    BatchStalledError,
+    BatchTimeoutError,
+    BatchUploadError,
+    ConfigurationError,
+    InvalidRequestError,
+    MissingDependencyError,
+    SynthgenError,
+)
+from .models import BatchCost, HealthStatus, Task, TaskResponse, TaskStatus
+from .monitor import health_rows, load_rich, money, new_monitor, printable
+
+__all__ = ["main"]
+
+_OK, _SOME_FAILED, _REFUSED, _UNREACHABLE, _UNFINISHED, _INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+_PORT = 8002  # the client's default, too
+_DEMO_PRICES = BatchCost(input=0.15, output=0.60)
+_DEMO = [f"solve {a}x + 4 = {4 + a * x}" for a, x in zip(range(2, 12), (3, 5, 2, 7, 4, 9, 6, 8, 1, 10))]
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run a command; return its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(argv, argparse.Namespace(argv=argv))
+    try:
+        with _signals():
+            code: int = args.command(args)
+            sys.stdout.flush()
+            return code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
+        return _OK
+    except SynthgenError as exc:
+        _say(f"error: {exc}")
+        return _exit_code(exc)
+    except (OSError, ValueError) as exc:  # a file, a port, an id
+        _say(f"error: {exc}")
+        return _REFUSED
+
+
+# ------------------------------------------------------------------------------------------ commands
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .local import DemoProvider, LocalServer
+
+    monitor = new_monitor()
+    with DemoProvider() as provider, LocalServer() as server, server.client() as client:
+        bodies = [{"model": "demo", "messages": [{"role": "user", "content": text}]} for text in args.equations]
+        tasks = [Task(custom_id=str(i), url=provider.url, body=body) for i, body in enumerate(bodies, 1)]
+        results = client.monitor_batch(tasks, None, _DEMO_PRICES.input, _DEMO_PRICES.output, monitor=monitor)
+    width = max(map(len, args.equations))
+    for text, result in zip(args.equations, results):
+        print(printable(f"{text.ljust(width)}  ->  {result.content or result.error}", sys.stdout.encoding))
+    print(", ".join([*monitor.progress.tokens()[:2], f"cost {money(monitor.progress.cost.total)}"]), end=" ")
+    print(f"(at {_DEMO_PRICES.input:g} and {_DEMO_PRICES.output:g} per million)")
+    return _outcome(results)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.local and args.base_url:
+        raise ConfigurationError("--local starts a server of its own: leave out --base-url")
+    if args.db and not args.local:
+        raise ConfigurationError("--db is the database of --local: give both")
+    tasks = _read_tasks(args.tasks, args.provider, _environment_key(args.key_env))
+    missing = None
+    with _output(args) as write:
+        with _local_client(args) if args.local else _client(args) as client:
+            try:
+                results = _follow(args, client, tasks)
+            except BatchIncompleteError as exc:
+                results, missing = exc.results, exc
+        write(results)
+    if missing:
+        raise missing
+    outcome = _outcome(results)
+    if outcome == _SOME_FAILED:
+        _say("to repeat only what failed: run the same again (--force, no --batch), the rest comes from the cache")
+    elif args.local and not args.db:
+        _remove_database(_database(args))
+    return outcome
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from .local import LocalServer
+
+    key = os.environ.get("SYNTHGEN_API_KEY") or None
+    try:
+        with LocalServer(args.db or ":memory:", args.host, args.port, key, args.workers) as server:
+            _say(f"listening; batches are kept in {args.db or 'memory only: --db FILE keeps them'}. Ctrl-C stops it")
+            _say(f"export SYNTHGEN_BASE_URL={shlex.quote(server.url)}")
+            _say(f"export SYNTHGEN_API_KEY={shlex.quote(server.api_key)}")
+            while True:
+                time.sleep(3600)
+    except KeyboardInterrupt:
+        _say("stopped")
+        return _OK
+
+
+def _watch(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        return _outcome(_follow(args, client))
+
+
+def _export(args: argparse.Namespace) -> int:
+    with _output(args) as write, _client(args) as client:
+        write(client.iter_batch_tasks(args.batch, args.status))
+    return _OK
+
+
+def _stats(args: argparse.Namespace) -> int:
+    with _client(args, retries=1) as client:
+        stats = client.get_batch_stats(args.batch, args.range, args.interval)
+    if args.json:
+        return _print_json(stats)
+    rich = load_rich(sys.stdout)
+    if rich:
+        rich.print_stats(stats.time_series, sys.stdout)
+    else:
+        _print_table(
+            ("UTC", "tasks", "failed", "cached", "tokens"),
+            [
+                (
+                    f"{point.timestamp:%Y-%m-%d %H:%M}",
+                    *_numbers(point.total_tasks, point.failed_tasks, point.cached_tasks, point.total_tokens),
+                )
+                for point in stats.time_series
+            ],
+        )
+    summary = stats.summary
+    print(
+        f"{summary.total_tasks:,} tasks in {stats.time_range}: {summary.total_tokens:,} tokens, "
+        f"{summary.cache_hit_rate:.1%} from the cache, {summary.average_response_time:,.0f} ms on average"
+    )
+    return _OK
+
+
+def _batches(args: argparse.Namespace) -> int:
+    with _client(args, retries=1) as client:
+        batches = client.get_batches()
+    if args.json:
+        return _print_json(batches)
+    _print_table(
+        ("batch", "status", "tasks", "done", "failed", "tokens", "created (UTC)"),
+        [
+            (
+                batch.batch_id,
+                str(batch.batch_status),
+                *_numbers(batch.total_tasks, batch.finished_tasks, batch.failed_tasks, batch.total_tokens),
+                f"{batch.created_at:%Y-%m-%d %H:%M}" if batch.created_at else "",
+            )
+            for batch in batches.batches
+        ],
+    )
+    return _OK
+
+
+def _health(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        health = client.check_health()
+    if args.json:
+        _print_json(health)
+    else:
+        _print_table(("service", "state"), [("server", str(health.status)), *health_rows(health)])
+    return _OK if health.status == HealthStatus.HEALTHY else _UNREACHABLE
+
+
+def _delete(args: argparse.Namespace) -> int:
+    with _client(args, retries=1) as client:
+        batch = client.get_batch(args.batch)
+        if not batch.done and not args.force:
+            _say(
+                f"error: batch {args.batch!r} is running, with {batch.finished_tasks:,} of {batch.total_tasks:,} tasks "
+                "done, and deleting does not stop it: the framework may call the provider for it again and again. "
+                "Wait for it (synthgen watch), or delete it all the same with --force"
+            )
+            return _REFUSED
+        client.delete_batch(args.batch)
+    _say(f"deleted batch {args.batch!r}")
+    return _OK
+
+
+# ------------------------------------------------------------------------------------------- helpers
+
+
+def _client(args: argparse.Namespace, retries: int = 5) -> SynthgenClient:
+    """A client of the server that was named; with few retries, someone at a terminal soon knows that it is away."""
+    return SynthgenClient(args.base_url, config_file=args.config, retries=retries)
+
+
+@contextmanager
+def _local_client(args: argparse.Namespace) -> Iterator[SynthgenClient]:
+    from .local import LocalServer
+
+    database = _database(args)
+    if args.batch and not os.path.exists(database):
+        raise ConfigurationError(f"{database}: there is no such file, and batch {args.batch!r} would be in it")
+    _say(f"database: {database}" + ("" if args.db else ", removed when all is done"))
+    with LocalServer(database) as server, server.client() as client:
+        yield client
+
+
+def _database(args: argparse.Namespace) -> str:
+    name: str = args.output or ("synthgen" if args.tasks == "-" else args.tasks)
+    return args.db or f"{name}.db"
+
+
+def _remove_database(path: str) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            os.remove(path + suffix)
+
+
+def _follow(args: argparse.Namespace, client: SynthgenClient, tasks: Optional[List[Task]] = None) -> List[TaskResponse]:
+    """Run tasks, or wait for the batch that was named; whatever ends that early, say how to go on."""
+    monitor = new_monitor()
+    try:
+        return client.monitor_batch(
+            tasks,
+            args.batch,
+            args.input_cost,
+            args.output_cost,
+            timeout=args.timeout,
+            stall_timeout=args.stall_timeout,
+            monitor=monitor,
+        )
+    except (KeyboardInterrupt, BatchStalledError, BatchTimeoutError, BatchUploadError):
+        progress = monitor.progress
+        if args.batch or (progress.batch_id and progress.uploaded == progress.to_upload):
+            _say(f"to go on: {_command(args.argv if args.batch else [*args.argv, '--batch', progress.batch_id])}")
+        elif progress.batch_id:
+            _say(f"batch {progress.batch_id}: {progress.uploaded_text()}. To start again: {_command(args.argv)}")
+        raise
+
+
+def _command(argv: Iterable[str]) -> str:
+    return " ".join(shlex.quote(word) for word in ("synthgen", *argv))
+
+
+def _outcome(results: List[TaskResponse]) -> int:
+    return _OK if all(result.ok for result in results) else _SOME_FAILED
+
+
+def _exit_code(error: SynthgenError) -> int:
+    if isinstance(error, BatchUploadError) and isinstance(error.__cause__, SynthgenError):
+        return _exit_code(error.__cause__)
+    if isinstance(error, (BatchIncompleteError, BatchStalledError, BatchTimeoutError)):
+        return _UNFINISHED
+    if isinstance(error, (AuthenticationError, ConfigurationError, InvalidRequestError, MissingDependencyError)):
+        return _REFUSED
+    return _UNREACHABLE
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does; the second of them ends the process at once."""
+
+    def interrupt(signum: int, frame: Any) -> None:
+        for number in before:
+            signal.signal(number, lambda *_: os._exit(_INTERRUPTED))
+        raise KeyboardInterrupt
+
+    handled = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before: Dict[int, Any] = {number: signal.signal(number, interrupt) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------- tasks, results
+
+
+def _read_tasks(path: str, provider: Optional[str], api_key: Optional[str]) -> List[Task]:
+    """The tasks in a JSONL file, all of them, or an error that names the line that is none."""
+    name, tasks = "stdin" if path == "-" else path, []
+    with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1 and line.startswith(codecs.BOM_UTF8):
+                line = line[len(codecs.BOM_UTF8) :]
+            if not line.strip():
+                continue
+            try:
+                tasks.append(_task(line, provider, api_key))
+            except (ValueError, RecursionError) as exc:
+                raise ConfigurationError(f"{name}, line {number}: {_reason(exc)}") from None
+    if not tasks:
+        raise ConfigurationError(f"{name}: there are no tasks in it")
+    return tasks
+
+
+def _task(line: bytes, provider: Optional[str], api_key: Optional[str]) -> Task:
+    fields = json.loads(line.decode("utf-8"))
+    if not isinstance(fields, dict):
+        raise ValueError("not a JSON object")
+    url = fields.get("url")
+    if isinstance(url, str) and "://" not in url:  # a line of an OpenAI batch input file
+        if provider is None:
+            raise ValueError(f"url {url!r} is relative: --provider says to what")
+        fields["url"] = _join(provider, url)
+    if fields.get("api_key") is None:
+        fields["api_key"] = api_key
+    return Task.model_validate(fields)
+
+
+def _join(provider: str, url: str) -> str:
+    base, path = provider.rstrip("/"), "/" + url.lstrip("/")
+    if base.endswith("/v1") and path.startswith("/v1/"):
+        base = base[: -len("/v1")]
+    return base + path
+
+
+def _reason(exc: Exception) -> str:
+    if isinstance(exc, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors())
+    if isinstance(exc, UnicodeDecodeError):
+        return "not UTF-8"
+    if isinstance(exc, json.JSONDecodeError):
+        return f"not JSON: {exc.msg} (column {exc.colno})"
+    return str(exc)
+
+
+def _environment_key(name: Optional[str]) -> Optional[str]:
+    if name is None:
+        return None
+    key = os.environ.get(name)
+    if not key:
+        raise ConfigurationError(f"--key-env {name}: there is no such environment variable")
+    return key
+
+
+@contextmanager
+def _output(args: argparse.Namespace) -> Iterator[Callable[[Iterable[TaskResponse]], None]]:
+    """What writes the results. A file that can't be written is found out now, and is there only when all is in it."""
+    if args.output is None:
+        yield partial(_write_lines, sys.stdout.buffer)
+        return
+    if os.path.exists(args.output) and not (args.force and os.path.isfile(args.output)):
+        raise ConfigurationError(f"{args.output} is there already; --force replaces a file")
+    with replacing(args.output) as file:
+        yield partial(_write_lines, file)
+
+
+def _write_lines(file: BinaryIO, results: Iterable[TaskResponse]) -> None:
+    for result in results:
+        file.write(json.dumps(result.model_dump(mode="json")).encode("ascii") + b"\n")
+
+
+def _print_json(model: BaseModel) -> int:
+    print(json.dumps(model.model_dump(mode="json"), indent=2))
+    return _OK
+
+
+def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    rich = load_rich(sys.stdout)
+    if rich:
+        rich.print_table(headers, rows, sys.stdout)
+        return
+    widths = [max(map(len, column)) for column in zip(headers, *rows)]
+    for row in (headers, *rows):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths))
+        print(printable(line.rstrip(), sys.stdout.encoding))
+
+
+def _numbers(*numbers: int) -> List[str]:
+    return [f"{number:,}" for number in numbers]
+
+
+def _say(text: str) -> None:
+    print(printable(text, sys.stderr.encoding), file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------- parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="synthgen",
+        description="Run large batches of LLM calls through a Synthgen server, or on this machine alone.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"synthgen-client {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(run: Callable[[argparse.Namespace], int], help: str, example: str, *parents: Any) -> Any:
+        name = run.__name__.lstrip("_")
+        added = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=f"example:\n  synthgen {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=parents,
+        )
+        added.set_defaults(command=run)
+        return added
+
+    server, batch, follow, output, as_json = _shared_options()
+    demo = command(_demo, "run the whole job on this machine: no server, model or key", "demo 'solve 7x - 3 = 25'")
+    demo.add_argument("equations", nargs="*", default=_DEMO, metavar="EQUATION", help="to be solved; by default ten")
+
+    run = command(
+        _run,
+        "run the tasks of a file, and write one result per task, in their order",
+        "run tasks.jsonl -o results.jsonl --local --provider https://openrouter.ai/api --key-env OPENROUTER_API_KEY",
+        server,
+        output,
+        follow,
+    )
+    run.add_argument("tasks", metavar="TASKS.jsonl", help=_TASKS_HELP)
+    run.add_argument("--local", action="store_true", help="start a server on this machine for this run")
+    run.add_argument("--db", metavar="FILE", help="its database; by default a file beside OUT, removed after the run")
+    run.add_argument("--batch", metavar="ID", help="send nothing: come back to this batch of the same tasks")
+    run.add_argument("--provider", metavar="URL", type=_url, help="what a relative url is appended to")
+    run.add_argument("--key-env", metavar="NAME", help="environment variable with the key for tasks that have none")
+
+    serve = command(_serve, "start a server on this machine", "serve --db batches.db")
+    serve.add_argument("--db", metavar="FILE", help="where batches are kept; by default they are gone at the end")
+    serve.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at (default: %(default)s)")
+    serve.add_argument("--port", default=_PORT, type=int, metavar="P", help="0 takes a free one (default: %(default)s)")
+    serve.add_argument("--workers", default=16, type=int, metavar="N", help="calls at a time (default: %(default)s)")
+
+    command(_watch, "watch a batch until it ends", "watch BATCH_ID --timeout 3600", server, batch, follow)
+    export = command(
+        _export, "write the tasks of a batch, with their results", "export BATCH_ID | jq .status", server, batch, output
+    )
+    export.add_argument("--status", type=TaskStatus, choices=list(TaskStatus), help="only the tasks with this status")
+    stats = command(
+        _stats, "show tasks and tokens over time", "stats BATCH_ID --range 2h --interval 1m", server, batch, as_json
+    )
+    stats.add_argument("--range", default="24h", help="how far back, such as 30m, 24h, 7d (default: %(default)s)")
+    stats.add_argument("--interval", default="1h", help="of a bar: 1m 1h 1d 1w 1M 1q 1y (default: %(default)s)")
+    command(_batches, "list all batches, newest first", "batches --json | jq '.batches[0].batch_id'", server, as_json)
+    command(_health, "show the state of the server", "health", server, as_json)
+    delete = command(_delete, "delete a batch with its tasks and results", "delete BATCH_ID", server, batch)
+    delete.add_argument("--force", action="store_true", help="even if it is running, though its calls may go on")
+    return parser
+
+
+def _shared_options() -> List[argparse.ArgumentParser]:
+    server, batch, follow, output, as_json = (argparse.ArgumentParser(add_help=False) for _ in range(5))
+    server.add_argument("--base-url", metavar="URL", help="the server; before SYNTHGEN_BASE_URL")
+    server.add_argument("--config", metavar="FILE", help="JSON file with base_url, api_key, timeout")
+    batch.add_argument("batch", metavar="BATCH_ID")
+    follow.add_argument("--input-cost", type=_price, default=0.0, metavar="X", help="price of a million input tokens")
+    follow.add_argument("--output-cost", type=_price, default=0.0, metavar="Y", help="price of a million output tokens")
+    follow.add_argument("--timeout", type=float, metavar="S", help="longest wait, in seconds; the batch goes on")
+    follow.add_argument(
+        "--stall-timeout", type=float, default=300.0, metavar="S", help="longest standstill, in seconds (default: 300)"
+    )
+    output.add_argument("-o", "--output", metavar="OUT.jsonl", help="file for the results; by default stdout")
+    output.add_argument("--force", action="store_true", help="replace that file if it is there")
+    as_json.add_argument("--json", action="store_true", help="JSON in place of a table")
+    return [server, batch, follow, output, as_json]
+
+
+def _url(text: str) -> str:
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text!r} does not start with http:// or https://")
+    return text
+
+
+def _price(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no price")
+
+
+_TASKS_HELP = "a task a line: custom_id, url, body, ... or the lines of an OpenAI batch input file; - reads stdin"
+_EPILOG = """\
+The server is given by SYNTHGEN_BASE_URL and SYNTHGEN_API_KEY. Each command has a --help with an example.
+
+exit codes:
+  0  all completed                          3    server unreachable or unhealthy, or unknown batch
+  1  some tasks failed                      4    incomplete, stalled or timed out
+  2  usage, configuration, or refused       130  Ctrl-C; the command that goes on is printed
+
+example:
+  synthgen demo"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

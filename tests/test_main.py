@@ -1,0 +1,604 @@
+"""The command line: what goes to stdout, what to stderr, and how it ends."""
+
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from servers import DEADLINE, Answer, CannedServer
+
+from synthgen import Task, __version__
+from synthgen.__main__ import main
+from synthgen.local import LocalServer
+
+COMMANDS = ["demo", "run", "serve", "watch", "export", "stats", "batches", "health", "delete"]
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def provider():
+    """A provider that echoes the prompt, and refuses those that ask for it."""
+
+    def respond(request):
+        prompt = json.loads(request.body)["messages"][0]["content"]
+        if "fail" in prompt:
+            return Answer({"error": {"message": "as you wish"}}, 400)
+        usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+        return {"choices": [{"message": {"role": "assistant", "content": f"echo {prompt}"}}], "usage": usage}
+
+    with CannedServer() as running:
+        running.answer("POST", CHAT, respond)
+        yield running
+
+
+@pytest.fixture
+def stalled(provider):
+    """The same provider, which answers nothing before the event is set."""
+    event = threading.Event()
+    provider.answer("POST", CHAT, Answer({"choices": []}, hold=event))
+    yield event
+    event.set()
+
+
+@pytest.fixture
+def local(monkeypatch):
+    """An embedded server, which the environment points to."""
+    with LocalServer() as running:
+        monkeypatch.setenv("SYNTHGEN_BASE_URL", running.url)
+        monkeypatch.setenv("SYNTHGEN_API_KEY", running.api_key)
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _in_a_directory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def chat_line(provider, prompt, **fields):
+    """A line of TASKS.jsonl."""
+    body = {"messages": [{"role": "user", "content": prompt}]}
+    return json.dumps({"custom_id": prompt, "url": provider.url + CHAT, "body": body, **fields})
+
+
+def write_tasks(provider, *prompts, **fields):
+    """Write tasks.jsonl, a task for each prompt, and return its name."""
+    lines = "".join(chat_line(provider, prompt, **fields) + "\n" for prompt in prompts)
+    Path("tasks.jsonl").write_text(lines, encoding="utf-8")
+    return "tasks.jsonl"
+
+
+def submit(server, provider, *prompts):
+    """Have the server run a task for each prompt, to its end, and return the batch's id."""
+    with server.client() as client:
+        tasks = [Task.model_validate_json(chat_line(provider, prompt)) for prompt in prompts]
+        return client.monitor_batch(tasks, show_progress=False)[0].batch_id
+
+
+def start(*argv, **options):
+    """Start the command in a process of its own."""
+    command = [sys.executable, "-m", "synthgen", *argv]
+    return subprocess.Popen(command, env=process_environment(), stderr=subprocess.PIPE, text=True, **options)
+
+
+def process_environment():
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def read_lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# demo
+
+
+def test_the_demo_solves_ten_equations():
+    """The whole job in one command, dead proxy or not: ten right solutions, tokens and cost on stdout."""
+    process = subprocess.run(
+        [sys.executable, "-m", "synthgen", "demo"],
+        env={**process_environment(), "HTTP_PROXY": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+
+    *solved, cost = process.stdout.splitlines()
+    assert process.returncode == 0, process.stderr
+    assert [line.split("x = ")[1] for line in solved] == ["3", "5", "2", "7", "4", "9", "6", "8", "1", "10"]
+    assert solved[0].split("  ")[0] == "solve 2x + 4 = 10"
+    assert "tokens in" in cost and "cost 0.0000" in cost
+    assert "10 completed" in process.stderr
+
+
+def test_the_demo_solves_what_it_is_asked(capsys):
+    """An equation of the user's own."""
+    assert main(["demo", "solve 7x - 3 = 25"]) == 0
+
+    assert capsys.readouterr().out.startswith("solve 7x - 3 = 25  ->  x = 4\n")
+
+
+# run: results
+
+
+def test_results_are_lines_of_json_in_the_order_of_the_tasks(local, provider, capsys):
+    """Nothing but results is on stdout, each with its custom_id."""
+    prompts = [f"prompt {number}" for number in range(20)]
+
+    assert main(["run", write_tasks(provider, *prompts)]) == 0
+
+    results = read_lines(capsys.readouterr().out)
+    assert [result["custom_id"] for result in results] == prompts
+    assert [result["completions"]["choices"][0]["message"]["content"] for result in results] == [
+        f"echo {prompt}" for prompt in prompts
+    ]
+
+
+def test_results_are_written_even_when_some_failed(local, provider, capsys):
+    """The exit code is 1, the file has all, and stdout nothing."""
+    assert main(["run", write_tasks(provider, "one", "fail", "three"), "-o", "out.jsonl"]) == 1
+
+    results = read_lines(Path("out.jsonl").read_text(encoding="ascii"))
+    assert [result["status"] for result in results] == ["COMPLETED", "FAILED", "COMPLETED"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_is_replaced_only_by_force(local, provider, capsys):
+    """Without --force nothing is sent; with it the file is the new one."""
+    Path("out.jsonl").write_text("dear to me", encoding="ascii")
+    argv = ["run", write_tasks(provider, "one"), "-o", "out.jsonl"]
+
+    assert main(argv) == 2
+    assert "--force" in capsys.readouterr().err
+    assert Path("out.jsonl").read_text(encoding="ascii") == "dear to me"
+    assert provider.requests == []
+
+    assert main([*argv, "--force"]) == 0
+    assert len(read_lines(Path("out.jsonl").read_text(encoding="ascii"))) == 1
+
+
+def test_an_output_that_cant_be_written_is_found_out_before_anything_is_sent(local, provider, capsys):
+    """A directory that is not there is an error before the first call."""
+    assert main(["run", write_tasks(provider, "one"), "-o", "nowhere/out.jsonl"]) == 2
+
+    assert "nowhere" in capsys.readouterr().err
+    assert provider.requests == []
+
+
+def test_what_came_of_an_incomplete_batch_is_written(server, provider, capsys):
+    """The server lost a task: exit 4, and the other's result is in the file."""
+    services = {"task_queue_consumers": 1, "task_queue_messages": 0, "batch_queue_messages": 0}
+    body = {"messages": [{"role": "user", "content": "one"}]}
+    task = {"message_id": "m", "status": "COMPLETED", "body": body, "completions": {}}
+
+    def take(request):
+        batch_id = request.query["batch_id"]
+        batch = {"batch_id": batch_id, "batch_status": "COMPLETED", "total_tasks": 1, "completed_tasks": 1}
+        server.answer("GET", f"/api/v1/batches/{batch_id}", batch)
+        server.answer("GET", f"/api/v1/batches/{batch_id}/tasks/export", {"tasks": [task], "total": 1})
+        return {"batch_id": batch_id, "total_tasks": 2}
+
+    server.answer("GET", "/health", {"status": "healthy", "services": services})
+    server.answer("POST", "/api/v1/batches", take)
+    tasks = write_tasks(provider, "one", "two")
+
+    assert main(["run", tasks, "-o", "out.jsonl", "--base-url", server.url, "--stall-timeout", "0.1"]) == 4
+
+    assert [result["message_id"] for result in read_lines(Path("out.jsonl").read_text(encoding="ascii"))] == ["m"]
+    assert "1 of 2 tasks never arrived" in capsys.readouterr().err
+
+
+# run: tasks
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b"{nope}", "not JSON"),
+        (b'["a list"]', "not a JSON object"),
+        (b'{"url": "http://x", "body": {"a": "\xff"}}', "not UTF-8"),
+        (b'{"url": "http://x", "body": {}, "temperature": 1}', "temperature"),
+        (b'{"body": {}}', "url"),
+        (b'{"url": "http://x"}', "body"),
+        (b'{"url": "http://x", "body": {"a": NaN}}', "body"),
+        (b'{"url": "/v1/chat/completions", "body": {}}', "--provider"),
+        (b"[" * 100000, "recursion"),
+    ],
+)
+def test_a_broken_line_is_named_and_nothing_is_sent(line, reason, provider, capsys):
+    """The error says the file, the line and what is wrong with it."""
+    good = (chat_line(provider, "one") + "\n").encode("ascii")
+    Path("tasks.jsonl").write_bytes(good * 16 + line + b"\n" + good)
+
+    with CannedServer() as server:
+        assert main(["run", "tasks.jsonl", "--base-url", server.url]) == 2
+        assert server.requests == []
+
+    error = capsys.readouterr().err
+    assert error.startswith("error: tasks.jsonl, line 17: ")
+    assert reason in error
+
+
+def test_no_key_is_shown_with_a_broken_line(capsys):
+    """A task's api_key stays out of the error about its line."""
+    Path("tasks.jsonl").write_text('{"url": "ftp://x", "body": 1, "api_key": "sk-secret\\n", "x": 1}', encoding="ascii")
+
+    assert main(["run", "tasks.jsonl"]) == 2
+
+    assert "sk-secret" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "\n \r\n"])
+def test_a_file_without_tasks_is_an_error(content, capsys):
+    """An empty file is no batch."""
+    Path("tasks.jsonl").write_text(content, encoding="ascii")
+
+    assert main(["run", "tasks.jsonl"]) == 2
+    assert "tasks.jsonl: there are no tasks in it" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_an_error(capsys):
+    """It is named."""
+    assert main(["run", "nowhere.jsonl"]) == 2
+    assert "nowhere.jsonl" in capsys.readouterr().err
+
+
+def test_files_from_other_systems_are_read(local, provider, capsys):
+    """A byte order mark, CRLF and blank lines are no part of a task."""
+    lines = "\ufeff" + chat_line(provider, "one") + "\r\n\r\n" + chat_line(provider, "two") + "\r\n"
+    Path("tasks.jsonl").write_bytes(lines.encode("utf-8"))
+
+    assert main(["run", "tasks.jsonl"]) == 0
+    assert [result["custom_id"] for result in read_lines(capsys.readouterr().out)] == ["one", "two"]
+
+
+def test_a_dash_reads_tasks_from_stdin(local, provider, capsys, monkeypatch):
+    """Tasks can be piped in."""
+    lines = io.BytesIO(chat_line(provider, "piped").encode("ascii"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines))
+
+    assert main(["run", "-"]) == 0
+    assert read_lines(capsys.readouterr().out)[0]["custom_id"] == "piped"
+
+
+@pytest.mark.parametrize(
+    "prefix, url, path",
+    [
+        ("", "/v1/chat/completions", "/v1/chat/completions"),
+        ("/", "v1/chat/completions", "/v1/chat/completions"),
+        ("/v1", "/v1/chat/completions", "/v1/chat/completions"),
+        ("/api/v1/", "/v1/chat/completions", "/api/v1/chat/completions"),
+        ("/api", "/v1/chat/completions", "/api/v1/chat/completions"),
+        ("/v1", "/chat/completions", "/v1/chat/completions"),
+    ],
+)
+def test_an_openai_batch_file_is_run_at_the_provider(prefix, url, path, local, provider, monkeypatch):
+    """Its relative url follows the provider's, and the key comes from the environment."""
+    monkeypatch.setenv("PROVIDER_KEY", "sk-secret")
+    provider.answer("POST", path, {"choices": []})
+    tasks = write_tasks(provider, "one", method="POST", url=url)
+
+    assert main(["run", tasks, "-o", "o", "--provider", provider.url + prefix, "--key-env", "PROVIDER_KEY"]) == 0
+
+    assert [request.path for request in provider.requests] == [path]
+    assert provider.requests[0].headers["Authorization"] == "Bearer sk-secret"
+
+
+def test_a_task_with_a_key_of_its_own_keeps_it(local, provider, monkeypatch):
+    """--key-env is for those without."""
+    monkeypatch.setenv("PROVIDER_KEY", "sk-secret")
+
+    assert main(["run", write_tasks(provider, "one", api_key="sk-own"), "-o", "o", "--key-env", "PROVIDER_KEY"]) == 0
+
+    assert provider.requests[0].headers["Authorization"] == "Bearer sk-own"
+
+
+def test_a_key_variable_that_is_not_set_is_an_error(provider, capsys):
+    """It is found out before anything is sent."""
+    assert main(["run", write_tasks(provider, "one"), "--key-env", "NO_SUCH_KEY"]) == 2
+    assert "NO_SUCH_KEY" in capsys.readouterr().err
+
+
+# run: on this machine
+
+
+def test_a_local_run_needs_no_server_and_leaves_only_its_results(provider, capsys):
+    """Its database is beside the output while it runs, and gone afterwards."""
+    assert main(["run", write_tasks(provider, "one"), "-o", "out.jsonl", "--local"]) == 0
+
+    assert sorted(os.listdir()) == ["out.jsonl", "tasks.jsonl"]
+    assert "out.jsonl.db" in capsys.readouterr().err
+
+
+def test_a_database_that_was_named_is_kept(provider):
+    """It may hold more than this run."""
+    assert main(["run", write_tasks(provider, "one"), "-o", "out.jsonl", "--local", "--db", "mine.db"]) == 0
+
+    assert "mine.db" in os.listdir()
+
+
+def test_after_failures_only_they_are_run_again(provider, capsys):
+    """The database stays, so that the answers of the others come from the cache."""
+    argv = ["run", write_tasks(provider, "one", "fail"), "-o", "out.jsonl", "--local"]
+    assert main(argv) == 1
+    assert "the rest comes from the cache" in capsys.readouterr().err
+
+    provider.answer("POST", CHAT, {"choices": []})
+    assert main([*argv, "--force"]) == 0
+
+    assert len(provider.requests) == 3
+    assert sorted(os.listdir()) == ["out.jsonl", "tasks.jsonl"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_local_run_goes_on_where_it_was(number, provider, stalled, capsys):
+    """It exits with 130 and the command that goes on, which gets all the results."""
+    process = start("run", write_tasks(provider, "one", "two"), "-o", "out.jsonl", "--local", stdout=subprocess.PIPE)
+    provider.wait_for_requests(2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=DEADLINE)
+
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert out == ""
+    command = shlex.split(next(line for line in err.splitlines() if line.startswith("to go on: ")))[3:]
+    assert command[:2] == ["synthgen", "run"]
+
+    stalled.set()
+    assert main(command[1:]) == 0
+    results = read_lines(Path("out.jsonl").read_text(encoding="ascii"))
+    assert [result["custom_id"] for result in results] == ["one", "two"]
+    assert sorted(os.listdir()) == ["out.jsonl", "tasks.jsonl"]
+
+
+def test_a_batch_can_only_be_in_a_database_that_is_there(provider, capsys):
+    """Coming back with the wrong file is an error that names it, and makes none."""
+    assert main(["run", write_tasks(provider, "one"), "--local", "--batch", "b-1"]) == 2
+
+    assert "tasks.jsonl.db" in capsys.readouterr().err
+    assert os.listdir() == ["tasks.jsonl"]
+
+
+@pytest.mark.parametrize("options", [["--db", "x.db"], ["--local", "--base-url", "http://127.0.0.1:1"]])
+def test_options_that_contradict_each_other_are_refused(options, provider, capsys):
+    """None of them is silently left out."""
+    assert main(["run", write_tasks(provider, "one"), *options]) == 2
+    assert options[-2] in capsys.readouterr().err
+
+
+def test_a_run_out_of_time_says_how_to_go_on(local, provider, stalled, capsys):
+    """Exit 4; the batch goes on, and coming back to it sends nothing."""
+    argv = ["run", write_tasks(provider, "one")]
+    assert main([*argv, "--timeout", "0.2"]) == 4
+    command = shlex.split(capsys.readouterr().err.split("to go on: ")[1].splitlines()[0])
+
+    stalled.set()
+    assert main(command[1 : command.index("--timeout")] + command[-2:]) == 0
+    assert read_lines(capsys.readouterr().out)[0]["custom_id"] == "one"
+    assert len(provider.requests) == 1
+
+
+# serve
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_says_how_to_reach_it_and_stops_cleanly(number):
+    """Both export lines are on stderr; Ctrl-C and SIGTERM end it with 0."""
+    process = start("serve", "--port", "0", stdout=subprocess.PIPE)
+    said = [process.stderr.readline() for _ in range(3)]
+    exports = dict(line.split()[1].split("=", 1) for line in said[1:])
+    process.send_signal(number)
+    out, err = process.communicate(timeout=DEADLINE)
+
+    assert process.returncode == 0
+    assert set(exports) == {"SYNTHGEN_BASE_URL", "SYNTHGEN_API_KEY"}
+    assert (out, err) == ("", "stopped\n")
+
+
+def test_a_server_that_cant_listen_is_one_line(local, capsys):
+    """A port in use is an error that names it."""
+    port = local.url.rpartition(":")[2]
+
+    assert main(["serve", "--port", port]) == 2
+
+    error = capsys.readouterr().err
+    assert port in error
+    assert len(error.splitlines()) == 1
+
+
+# watch, export, stats, batches, health, delete
+
+
+def test_watching_says_how_it_ended(local, provider, capsys):
+    """The summary on stderr, the outcome in the exit code."""
+    assert main(["watch", submit(local, provider, "one", "fail")]) == 1
+
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "finished" in err
+
+
+def test_an_export_is_lines_of_json(local, provider, capsys):
+    """All tasks of a batch, or those with one status."""
+    batch_id = submit(local, provider, "one", "two", "fail")
+
+    assert main(["export", batch_id]) == 0
+    assert {line["custom_id"] for line in read_lines(capsys.readouterr().out)} == {"one", "two", "fail"}
+    assert main(["export", batch_id, "--status", "FAILED"]) == 0
+    assert [line["custom_id"] for line in read_lines(capsys.readouterr().out)] == ["fail"]
+
+
+def test_a_closed_pipe_is_no_error(local, provider):
+    """``synthgen export ID | head`` ends with 0, silently."""
+    process = start("export", submit(local, provider, "x" * 200000), stdout=subprocess.PIPE)
+    process.stdout.close()
+
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(DEADLINE) == 0
+
+
+def test_statistics_are_a_table(local, provider, capsys):
+    """Off a terminal: plain lines, and a summary with a sane percentage."""
+    batch_id = submit(local, provider, "one", "two")
+    submit(local, provider, "one")
+
+    assert main(["stats", batch_id]) == 0
+
+    header, row, summary = capsys.readouterr().out.splitlines()
+    assert header.split() == ["UTC", "tasks", "failed", "cached", "tokens"]
+    assert row.split()[2:] == ["2", "0", "0", "30"]
+    assert "2 tasks in 24h: 30 tokens, 0.0% from the cache" in summary
+
+
+def test_batches_are_a_table(local, provider, capsys):
+    """One line each, with what a user asks for."""
+    batch_id = submit(local, provider, "one", "fail")
+
+    assert main(["batches"]) == 0
+
+    header, row = capsys.readouterr().out.splitlines()
+    assert row.split()[:6] == [batch_id, "FAILED", "2", "2", "1", "15"]
+
+
+def test_tables_can_be_had_as_json(local, provider, capsys):
+    """For scripts, with the fields of the API."""
+    batch_id = submit(local, provider, "one")
+    asked = {}
+    for argv in (["batches"], ["health"], ["stats", batch_id, "--range", "2h", "--interval", "1m"]):
+        assert main([*argv, "--json"]) == 0
+        asked[argv[0]] = json.loads(capsys.readouterr().out)
+
+    assert asked["batches"]["batches"][0]["batch_id"] == batch_id
+    assert asked["health"]["status"] == "healthy"
+    assert asked["stats"]["summary"]["total_tasks"] == 1
+
+
+def test_an_unhealthy_server_is_told_of(server, capsys):
+    """The table says what is down; the exit code is 3."""
+    server.recording("health_unhealthy_rabbitmq")
+
+    assert main(["health", "--base-url", server.url]) == 3
+    assert ["rabbitmq", "unhealthy"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_running_batch_is_deleted_only_by_force(local, provider, stalled, capsys):
+    """Deleting does not stop the calls, and the refusal says so."""
+    with local.client() as client:
+        batch_id = client.create_batch([Task.model_validate_json(chat_line(provider, "one"))]).batch_id
+    provider.wait_for_requests(1)
+
+    assert main(["delete", batch_id]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main(["delete", batch_id, "--force"]) == 0
+    assert main(["delete", batch_id]) == 3
+
+
+def test_a_finished_batch_is_deleted(local, provider, capsys):
+    """Afterwards it is gone."""
+    batch_id = submit(local, provider, "one")
+
+    assert main(["delete", batch_id]) == 0
+    assert main(["export", batch_id]) == 3
+
+
+# all of them
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_has_an_example(command, capsys):
+    """A stranger can start from it."""
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+
+    assert exit.value.code == 0
+    assert f"example:\n  synthgen {command}" in capsys.readouterr().out
+
+
+def test_the_help_names_the_commands_and_the_exit_codes(capsys):
+    """Without a command's name, that is what there is to know."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+
+    text = capsys.readouterr().out
+    assert all(command in text for command in COMMANDS)
+    assert "exit codes" in text
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    """With the name it is installed by."""
+    with pytest.raises(SystemExit):
+        main(["--version"])
+
+    assert capsys.readouterr().out == f"synthgen-client {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nonsense"], ["run"], ["run", "t", "--input-cost", "-1"], ["run", "t", "--provider", "ftp://x"]]
+)
+def test_wrong_usage_is_exit_2(argv, capsys):
+    """With argparse's own words."""
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+
+    assert exit.value.code == 2
+
+
+@pytest.mark.parametrize("argv", [["health"], ["batches"], ["watch", "b"], ["stats", "b"], ["delete", "b"]])
+def test_an_unreachable_server_is_one_clear_line(argv, server, capsys):
+    """Exit 3, no traceback, nothing on stdout."""
+    server.close()
+
+    config = Path("config.json")
+    config.write_text(json.dumps({"base_url": server.url}), encoding="ascii")
+    assert main([*argv, "--config", str(config)]) == 3
+
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and server.url in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_wrong_key_is_a_matter_of_configuration(local, monkeypatch, capsys):
+    """Exit 2; neither key is shown."""
+    monkeypatch.setenv("SYNTHGEN_API_KEY", "sk-wrong")
+
+    assert main(["batches"]) == 2
+
+    err = capsys.readouterr().err
+    assert "sk-wrong" not in err and local.api_key not in err
+
+
+@pytest.mark.parametrize("argv", [["export", ".."], ["health", "--config", "nowhere"], ["health", "--base-url", "x"]])
+def test_settings_that_make_no_sense_are_one_clear_line(argv, local, capsys):
+    """Exit 2."""
+    assert main(argv) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_second_interrupt_ends_the_process_at_once():
+    """Whatever the first one is waiting for."""
+    script = (
+        "import time\n"
+        "from synthgen.__main__ import _signals\n"
+        "with _signals():\n"
+        "    try:\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(600)\n"
+        "    finally:\n"
+        "        print('stopping', flush=True)\n"
+        "        time.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env=process_environment(), stdout=subprocess.PIPE, text=True
+    )
+    for said in ("ready\n", "stopping\n"):
+        assert process.stdout.readline() == said
+        process.send_signal(signal.SIGINT)
+
+    assert process.wait(DEADLINE) == 130
+    process.stdout.close()
