@@ -1,0 +1,418 @@
+"""The client for asyncio: the same methods, awaited.
+
+There is no logic of its own here: each call hands one method of `SynthgenClient` to a thread. What is added
+is how such a thread ends before its time, and how tasks get from a loop to a thread and back, one by one.
+"""
+
+import asyncio
+import os
+import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import (
+    Any,
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Deque,
+    Dict,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Tuple,
+    TypeVar,
+    Union,
+)
+
+import requests
+
+from .client import SynthgenClient
+from .models import (
+    Batch,
+    BatchList,
+    BulkTaskResponse,
+    CalendarInterval,
+    HealthResponse,
+    Task,
+    TaskResponse,
+    TaskStatsResponse,
+    TaskStatus,
+    UsageStatsResponse,
+)
+from .monitor import Monitor
+
+__all__ = ["AsyncSynthgenClient"]
+
+_SHORT_CALLS_AT_ONCE = 16
+_UNLIMITED = 1_000_000
+#: How many tasks of a stream are read before the first of them is taken.
+_READ_AHEAD = 100
+
+_Tasks = Union[Iterable[Task], AsyncIterable[Task]]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Result = TypeVar("_Result")
+
+
+def _like(method: Callable[..., Any]) -> Callable[[_Function], _Function]:
+    """Give a method the docstring of the one that it hands on to."""
+
+    def decorate(function: _Function) -> _Function:
+        function.__doc__ = method.__doc__
+        return function
+
+    return decorate
+
+
+class AsyncSynthgenClient:
+    """`SynthgenClient` for asyncio: the same arguments, and the same methods, awaited.
+
+    `create_batch` and `monitor_batch` take an async iterable of tasks, too. Each call runs in a thread; so does a
+    monitor of your own: it is called from there, not from the loop.
+
+    A call that is cancelled frees its awaiter at once. If it had begun to upload a batch, the ``CancelledError``
+    names it: what was uploaded is run. No read can be broken from another thread, so that of the call ends with
+    the request that it is in: a poll takes 30 s at most, others may take ``timeout``. `close` waits for that.
+
+    An ``async for`` over `iter_batch_tasks` that is left early keeps its connection until the iterator is closed:
+    by ``aclose()``, or when nothing refers to it any more.
+
+    A client belongs to no loop: it may be made where none runs, and be used from several.
+    """
+
+    def __init__(
+        self,
+        base_url: Optional[str] = None,
+        api_key: Optional[str] = None,
+        timeout: Optional[float] = None,
+        config_file: Optional[Union[str, "os.PathLike[str]"]] = None,
+        *,
+        retries: int = 5,
+        backoff_factor: float = 0.5,
+        session: Optional[requests.Session] = None,
+        idempotent_uploads: bool = False,
+    ) -> None:
+        self._client = _Call(
+            base_url,
+            api_key,
+            timeout,
+            config_file,
+            retries=retries,
+            backoff_factor=backoff_factor,
+            session=session,
+            idempotent_uploads=idempotent_uploads,
+        )
+        self.base_url = self._client.base_url
+        self.timeout = self._client.timeout
+        name = type(self).__name__
+        self._pool = ThreadPoolExecutor(_SHORT_CALLS_AT_ONCE, thread_name_prefix=name)
+        self._threads = ThreadPoolExecutor(_UNLIMITED, thread_name_prefix=name)  # one each for what takes long
+        self._running: Dict[Future[Any], _Call] = {}
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base_url!r})"
+
+    async def __aenter__(self) -> "AsyncSynthgenClient":
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel the calls that still run, wait for their threads, and close the connections; may be called twice."""
+        self._closed = True
+        for call in list(self._running.values()):
+            call.cancel()
+        await asyncio.gather(*map(asyncio.wrap_future, list(self._running)), return_exceptions=True)
+        self._pool.shutdown()  # at once: the threads have nothing left to do
+        self._threads.shutdown()
+        self._client.close()
+
+    # The life of a batch, in its order.
+
+    @_like(SynthgenClient.check_health)
+    async def check_health(self) -> HealthResponse:
+        return await self._run(self._pool, lambda client: client.check_health())
+
+    @_like(SynthgenClient.create_batch)
+    async def create_batch(
+        self,
+        tasks: _Tasks,
+        chunk_size: int = 1000,
+        *,
+        batch_id: Optional[str] = None,
+        idempotency_key: Optional[str] = None,
+        monitor: Optional[Monitor] = None,
+    ) -> BulkTaskResponse:
+        return await self._run(
+            self._threads,
+            lambda client: client.create_batch(
+                client.iterable(tasks),
+                chunk_size,
+                batch_id=batch_id,
+                idempotency_key=idempotency_key,
+                monitor=monitor,
+            ),
+        )
+
+    @_like(SynthgenClient.monitor_batch)
+    async def monitor_batch(
+        self,
+        tasks: Optional[_Tasks] = None,
+        batch_id: Optional[str] = None,
+        cost_by_1m_input_token: float = 0.0,
+        cost_by_1m_output_token: float = 0.0,
+        *,
+        chunk_size: int = 1000,
+        poll_interval: float = 2.0,
+        timeout: Optional[float] = None,
+        stall_timeout: Optional[float] = 300.0,
+        show_progress: bool = True,
+        monitor: Optional[Monitor] = None,
+    ) -> List[TaskResponse]:
+        return await self._run(
+            self._threads,
+            lambda client: client.monitor_batch(
+                None if tasks is None else client.iterable(tasks),
+                batch_id,
+                cost_by_1m_input_token,
+                cost_by_1m_output_token,
+                chunk_size=chunk_size,
+                poll_interval=poll_interval,
+                timeout=timeout,
+                stall_timeout=stall_timeout,
+                show_progress=show_progress,
+                monitor=monitor,
+            ),
+        )
+
+    @_like(SynthgenClient.get_batches)
+    async def get_batches(self) -> BatchList:
+        return await self._run(self._pool, lambda client: client.get_batches())
+
+    @_like(SynthgenClient.get_batch)
+    async def get_batch(self, batch_id: str) -> Batch:
+        return await self._run(self._pool, lambda client: client.get_batch(batch_id))
+
+    @_like(SynthgenClient.iter_batch_tasks)
+    def iter_batch_tasks(
+        self, batch_id: str, task_status: Optional[Union[TaskStatus, str]] = None
+    ) -> AsyncGenerator[TaskResponse, None]:
+        client = self._client.for_one_call()
+        return self._stream(client, client.iter_batch_tasks(batch_id, task_status))
+
+    @_like(SynthgenClient.get_batch_tasks)
+    async def get_batch_tasks(
+        self,
+        batch_id: str,
+        task_status: Optional[Union[TaskStatus, str]] = None,
+        *,
+        monitor: Optional[Monitor] = None,
+    ) -> List[TaskResponse]:
+        return await self._run(
+            self._threads, lambda client: client.get_batch_tasks(batch_id, task_status, monitor=monitor)
+        )
+
+    @_like(SynthgenClient.export_batch)
+    async def export_batch(
+        self,
+        batch_id: str,
+        path: Union[str, "os.PathLike[str]"],
+        task_status: Optional[Union[TaskStatus, str]] = None,
+        *,
+        monitor: Optional[Monitor] = None,
+    ) -> int:
+        return await self._run(
+            self._threads, lambda client: client.export_batch(batch_id, path, task_status, monitor=monitor)
+        )
+
+    @_like(SynthgenClient.get_batch_stats)
+    async def get_batch_stats(
+        self,
+        batch_id: str,
+        time_range: str = "24h",
+        interval: Union[CalendarInterval, str] = CalendarInterval.HOUR_SHORT,
+    ) -> UsageStatsResponse:
+        return await self._run(self._pool, lambda client: client.get_batch_stats(batch_id, time_range, interval))
+
+    @_like(SynthgenClient.delete_batch)
+    async def delete_batch(self, batch_id: str) -> None:
+        await self._run(self._pool, lambda client: client.delete_batch(batch_id))
+
+    # Single tasks.
+
+    @_like(SynthgenClient.get_task)
+    async def get_task(self, message_id: str) -> TaskResponse:
+        return await self._run(self._pool, lambda client: client.get_task(message_id))
+
+    @_like(SynthgenClient.delete_task)
+    async def delete_task(self, message_id: str) -> None:
+        await self._run(self._pool, lambda client: client.delete_task(message_id))
+
+    @_like(SynthgenClient.get_task_stats)
+    async def get_task_stats(self) -> TaskStatsResponse:
+        return await self._run(self._pool, lambda client: client.get_task_stats())
+
+    # Threads.
+
+    async def _run(self, executor: ThreadPoolExecutor, function: Callable[["_Call"], _Result]) -> _Result:
+        """The result of a function that gets the client, in a thread."""
+        client = self._client.for_one_call()
+        client.loop = asyncio.get_running_loop()
+        try:
+            return await asyncio.wrap_future(self._start(executor, client, lambda: function(client)))
+        except asyncio.CancelledError as exc:
+            client.cancel()
+            if client.batch_id is None:
+                raise
+            raise asyncio.CancelledError(
+                f"batch {client.batch_id!r} goes on with what was uploaded; "
+                f"come back to it with monitor_batch(batch_id={client.batch_id!r})"
+            ) from exc
+
+    def _start(
+        self, executor: ThreadPoolExecutor, client: "_Call", function: Callable[[], _Result]
+    ) -> "Future[_Result]":
+        if self._closed:
+            raise RuntimeError("the client is closed")
+        future = executor.submit(function)
+        self._running[future] = client
+        future.add_done_callback(self._running.pop)
+        return future
+
+    async def _stream(
+        self, client: "_Call", tasks: Generator[TaskResponse, None, None]
+    ) -> AsyncGenerator[TaskResponse, None]:
+        """The tasks, read in a thread; so many at a time, and the next when those have been taken."""
+        loop = asyncio.get_running_loop()
+        buffer: Deque[Optional[TaskResponse]] = deque()
+        arrived = asyncio.Event()
+
+        def put(task: Optional[TaskResponse]) -> None:
+            buffer.append(task)
+            if len(buffer) == 1:  # else the consumer has something to do
+                loop.call_soon_threadsafe(arrived.set)
+
+        def read() -> int:
+            count = 0
+            try:
+                for count, task in enumerate(islice(tasks, _READ_AHEAD), 1):
+                    put(task)
+                return count
+            finally:
+                put(None)
+
+        reading = self._start(self._threads, client, read)
+        try:
+            while True:
+                while not buffer:
+                    await arrived.wait()
+                    arrived.clear()
+                task = buffer.popleft()
+                if task is not None:
+                    yield task
+                elif await asyncio.wrap_future(reading) == _READ_AHEAD:
+                    reading = self._start(self._threads, client, read)
+                else:
+                    return
+        finally:
+            client.cancel()
+            reading.add_done_callback(lambda _: tasks.close())  # now, or when the read that it is in ends
+
+
+class _Call(SynthgenClient):
+    """The client as one call has it: with the settings and connections of all, but it can be cancelled.
+
+    `cancel` may be called from any thread. The call ends with an ``asyncio.CancelledError``, which no
+    ``except Exception`` holds up, before its next request, in a pause, or before the next task of a stream.
+
+    Attributes:
+        loop: Where the call is awaited.
+        batch_id: The batch that it began to upload.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    batch_id: Optional[str] = None
+    _cancelled: threading.Event
+    _awaited: "Optional[Future[Any]]" = None
+
+    def for_one_call(self) -> "_Call":
+        call = _Call.__new__(_Call)
+        call.__dict__.update(self.__dict__)
+        call._cancelled = threading.Event()
+        return call
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+        if self._awaited is not None:
+            self._awaited.cancel()
+
+    def iterable(self, tasks: _Tasks) -> Iterable[Task]:
+        """The tasks, for the thread of this call."""
+        return _Drawn(tasks, self) if isinstance(tasks, AsyncIterable) else tasks
+
+    def wait_for(self, function: Callable[[], Coroutine[Any, Any, _Result]]) -> _Result:
+        """Run a coroutine on the loop, and wait in this other thread for what becomes of it."""
+        self._check()
+        if _in_a_loop() or not self.loop.is_running():
+            raise RuntimeError("tasks from an async iterable can only be read in a thread, and while its loop runs")
+        self._awaited = future = asyncio.run_coroutine_threadsafe(function(), self.loop)
+        if self._cancelled.is_set():  # just before that
+            future.cancel()
+        return future.result()
+
+    def _check(self) -> None:
+        if self._cancelled.is_set():
+            raise asyncio.CancelledError("the client was closed")
+
+    def _send(self, method: str, path: str, **options: Any) -> requests.Response:
+        self._check()
+        return super()._send(method, path, **options)
+
+    def _sleep(self, seconds: float) -> None:
+        self._cancelled.wait(seconds)
+        self._check()
+
+    def _upload(self, batch_id: str, lines: bytes, key: str) -> None:
+        self.batch_id = batch_id
+        super()._upload(batch_id, lines, key)
+
+    def _stream_export(
+        self, batch_path: str, task_status: Optional[Union[TaskStatus, str]]
+    ) -> Iterator[Tuple[Dict[str, Any], str]]:
+        for task in super()._stream_export(batch_path, task_status):
+            self._check()
+            yield task
+
+
+class _Drawn(Iterator[Task]):
+    """The tasks of an async iterable, for a thread: each is drawn on the loop when it is asked for."""
+
+    def __init__(self, tasks: AsyncIterable[Task], call: _Call) -> None:
+        self._tasks = tasks
+        self._iterator: Optional[AsyncIterator[Task]] = None
+        self._call = call
+
+    def __next__(self) -> Task:
+        try:
+            return self._call.wait_for(self._draw)
+        except StopAsyncIteration:
+            raise StopIteration from None
+
+    async def _draw(self) -> Task:
+        if self._iterator is None:
+            self._iterator = self._tasks.__aiter__()
+        return await self._iterator.__anext__()
+
+
+def _in_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
