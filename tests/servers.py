@@ -17,6 +17,7 @@ import json
 import socket
 import socketserver
 import ssl
+import struct
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler
@@ -68,6 +69,7 @@ class Answer:
             holds the rest back until it is set.
         cut_off: Close the connection too early: after half of `body`, or before the empty chunk that ends `chunks`.
         hold: Send nothing before this is set.
+        raw: In place of all that: these bytes, and the end of the connection.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Answer:
         chunks: Optional[Iterable[Union[bytes, threading.Event]]] = None,
         cut_off: bool = False,
         hold: Optional[threading.Event] = None,
+        raw: Optional[bytes] = None,
     ) -> None:
         if isinstance(body, bytes):
             self.body, content_type = body, "application/octet-stream"
@@ -92,10 +95,14 @@ class Answer:
         self.chunks = chunks
         self.cut_off = cut_off
         self.hold = hold
+        self.raw = raw
 
 
 #: The connection is closed, and nothing sent.
-DROP = Answer()
+DROP = Answer(raw=b"")
+
+#: The connection is reset, and nothing sent.
+RESET = Answer(raw=b"")
 
 #: What nothing fits.
 NOT_FOUND = Answer({"detail": "Not Found"}, 404)
@@ -156,6 +163,10 @@ class CannedServer:
         self.answer(request["method"], request["path"] + "?" + urlencode(request["params"]), answer)
         return recorded
 
+    def hang_up(self, data: bytes = b"") -> None:
+        """End every connection, idle ones too, after sending these bytes as they are, outside of TLS."""
+        self._server.hang_up(data)
+
     def wait_for_requests(self, count: int) -> List[Request]:
         """The requests, once there are that many."""
         with self._changed:
@@ -195,12 +206,16 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def server_close(self) -> None:
         self.closing.set()
+        self.hang_up()
+        super().server_close()
+
+    def hang_up(self, data: bytes = b"") -> None:
         for connection in list(self._connections):
             try:
+                socket.socket.sendall(connection, data)
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass  # the client was faster
-        super().server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # a client that went away is what some tests want
@@ -216,8 +231,13 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         answer = self.server.answer_to(Request(self.command, self.path, self.headers, body))
         self._wait(answer.hold)
-        self.close_connection = answer is DROP or answer.cut_off
-        if answer is not DROP:
+        self.close_connection = answer.raw is not None or answer.cut_off
+        if answer is RESET:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            socket.close(self.connection.detach())
+        elif answer.raw is not None:
+            self.wfile.write(answer.raw)
+        else:
             self._send(answer)
 
     do_GET = do_POST = do_PUT = do_DELETE = _respond
