@@ -1,11 +1,11 @@
 """Tasks, cut into uploads."""
 
 from itertools import chain
-from typing import Iterable, Iterator, List, Tuple
+from typing import Any, Iterable, Iterator, List, Tuple
 
-from .models import Task
+from .models import Task, TaskResponse
 
-__all__ = ["Chunks"]
+__all__ = ["Chunks", "as_task"]
 
 _MAX_BYTES = 8 * 1024 * 1024
 
@@ -25,11 +25,9 @@ class Chunks:
     def __iter__(self) -> Iterator[Tuple[List[Task], bytes]]:
         lines: List[bytes] = []
         length = 0
-        for task in self._tasks:
+        for index, task in enumerate(self._tasks):
             self.unsent.append(task)
-            if not isinstance(task, Task):
-                raise TypeError(f"tasks must be Task objects, not {type(task).__name__}")
-            line = task.to_line()
+            line = as_task(task, index).to_line()
             if lines and length + len(line) >= _MAX_BYTES:
                 yield self._cut(len(lines)), b"\n".join(lines)
                 lines, length = [], 0
@@ -49,3 +47,17 @@ class Chunks:
         """These, and what is still in the iterable; a list where that was one, so that it pickles."""
         rest = chain(unsent, self._tasks)
         return list(rest) if self._is_list else rest
+
+
+def as_task(item: Any, index: int) -> Task:
+    """The task; of a result, the task to run once more.
+
+    Raises:
+        TypeError: It is something else, or a result whose URL the server did not say (the framework does not).
+    """
+    if isinstance(item, Task):
+        return item
+    if isinstance(item, TaskResponse) and item.url and item.body is not None:
+        fields = {name: getattr(item, name) for name in ("custom_id", "url", "body", "dataset", "source")}
+        return Task(method=item.method or "POST", **fields)
+    raise TypeError(f"tasks must be Task objects, not {type(item).__name__} (at {index})")

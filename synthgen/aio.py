@@ -96,7 +96,7 @@ class AsyncSynthgenClient:
         session: Optional[requests.Session] = None,
         idempotent_uploads: bool = False,
     ) -> None:
-        self._client = _Call(
+        self._client = SynthgenClient(
             base_url,
             api_key,
             timeout,
@@ -128,10 +128,12 @@ class AsyncSynthgenClient:
         self._closed = True
         for call in list(self._running.values()):
             call.cancel()
-        await asyncio.gather(*map(asyncio.wrap_future, list(self._running)), return_exceptions=True)
-        self._pool.shutdown()  # at once: the threads have nothing left to do
-        self._threads.shutdown()
-        self._client.close()
+        try:
+            await asyncio.gather(*map(asyncio.wrap_future, list(self._running)), return_exceptions=True)
+            self._pool.shutdown()  # at once: the threads have nothing left to do
+            self._threads.shutdown()
+        finally:
+            self._client.close()
 
     # The life of a batch, in its order.
 
@@ -203,7 +205,7 @@ class AsyncSynthgenClient:
     def iter_batch_tasks(
         self, batch_id: str, task_status: Optional[Union[TaskStatus, str]] = None
     ) -> AsyncGenerator[TaskResponse, None]:
-        client = self._client.for_one_call()
+        client = _Call(self._client)
         return self._stream(client, client.iter_batch_tasks(batch_id, task_status))
 
     @_like(SynthgenClient.get_batch_tasks)
@@ -262,7 +264,7 @@ class AsyncSynthgenClient:
 
     async def _run(self, executor: ThreadPoolExecutor, function: Callable[["_Call"], _Result]) -> _Result:
         """The result of a function that gets the client, in a thread."""
-        client = self._client.for_one_call()
+        client = _Call(self._client)
         client.loop = asyncio.get_running_loop()
         try:
             return await asyncio.wrap_future(self._start(executor, client, lambda: function(client)))
@@ -337,15 +339,12 @@ class _Call(SynthgenClient):
     """
 
     loop: asyncio.AbstractEventLoop
-    batch_id: Optional[str] = None
-    _cancelled: threading.Event
-    _awaited: "Optional[Future[Any]]" = None
 
-    def for_one_call(self) -> "_Call":
-        call = _Call.__new__(_Call)
-        call.__dict__.update(self.__dict__)
-        call._cancelled = threading.Event()
-        return call
+    def __init__(self, client: SynthgenClient) -> None:
+        self.__dict__.update(client.__dict__)  # in place of super().__init__, which would open connections of its own
+        self.batch_id: Optional[str] = None
+        self._cancelled = threading.Event()
+        self._awaited: Optional[Future[Any]] = None
 
     def cancel(self) -> None:
         self._cancelled.set()

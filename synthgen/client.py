@@ -11,6 +11,7 @@ import time
 import uuid
 from contextlib import contextmanager
 from http.cookiejar import DefaultCookiePolicy
+from itertools import count
 from typing import Any, Dict, Generator, Iterable, Iterator, List, NoReturn, Optional, Set, Sized, Tuple, TypeVar, Union
 from urllib.parse import quote
 
@@ -20,7 +21,7 @@ from requests.adapters import HTTPAdapter
 
 from . import __version__
 from ._answers import WIRE_ERRORS, check_status, no_answer, parse, read_json
-from ._chunks import Chunks
+from ._chunks import Chunks, as_task
 from ._config import read_config
 from ._matching import match
 from ._retry import RetryPolicy, backoff_time, innermost, never_sent, retry_policy
@@ -164,7 +165,8 @@ class SynthgenClient:
         """Submit tasks, in as many uploads as needed, and return the batch's id and the number sent.
 
         Args:
-            tasks: Any iterable, read once and as it is sent: one chunk is in memory at a time.
+            tasks: Any iterable, read once and as it is sent: one chunk is in memory at a time. A result of the
+                embedded server may be among them, to be run again; its provider key is not known any more.
             chunk_size: The most tasks in one upload; one is also cut at 8 MiB, a larger task goes alone.
             batch_id: The batch to add them to; a new one by default.
             idempotency_key: What names this upload to a server that deduplicates; made up by default. A list
@@ -177,7 +179,7 @@ class SynthgenClient:
         """
         chunk_size = _checked_chunk_size(chunk_size)
         batch_id = _new_batch_id(batch_id)
-        _checked_tasks(tasks)
+        tasks = _checked_tasks(tasks)
         if idempotency_key is not None:
             if not idempotency_key or not is_header_value(idempotency_key):
                 raise ValueError("an idempotency key must be text that fits a header")
@@ -232,7 +234,7 @@ class SynthgenClient:
         _check_seconds(poll_interval=poll_interval, stall_timeout=stall_timeout)
         if tasks is None and batch_id is None:
             raise ValueError("monitor_batch needs tasks to run, or the id of a batch to wait for, or both")
-        todo = None if tasks is None else list(_checked_tasks(tasks))
+        todo = None if tasks is None else list(map(as_task, _checked_tasks(tasks), count()))
         if todo is not None and not todo:
             return []
 
@@ -708,12 +710,12 @@ def _watching(monitor: Optional[Monitor]) -> Iterator[Monitor]:
 
 def _counted(items: Iterable[_Item], monitor: Monitor, total: Optional[int]) -> Iterator[_Item]:
     """The items; the monitor is told of the first, each hundredth and the last."""
-    count = 0
-    for count, item in enumerate(items, 1):
-        if count % 100 == 1:
-            monitor.download(count, total)
+    received = 0
+    for received, item in enumerate(items, 1):
+        if received % 100 == 1:
+            monitor.download(received, total)
         yield item
-    monitor.download(count, total)
+    monitor.download(received, total)
 
 
 def _expected(batch: Batch, task_status: Optional[Union[TaskStatus, str]]) -> int:
@@ -729,13 +731,10 @@ def _expected(batch: Batch, task_status: Optional[Union[TaskStatus, str]]) -> in
 
 
 def _checked_tasks(tasks: Iterable[Task]) -> Iterable[Task]:
+    """The tasks; those of a list are looked at now, before anything is sent, others as they are read."""
     if isinstance(tasks, (BaseModel, dict, str, bytes)):  # iterable, too, but of something else
         raise TypeError(f"tasks must be an iterable of Task, not one {type(tasks).__name__}")
-    if isinstance(tasks, (list, tuple)):  # others are looked at as they are read
-        for index, task in enumerate(tasks):
-            if not isinstance(task, Task):
-                raise TypeError(f"tasks must be Task objects, not {type(task).__name__} (at {index})")
-    return tasks
+    return list(map(as_task, tasks, count())) if isinstance(tasks, (list, tuple)) else tasks
 
 
 def _checked_chunk_size(chunk_size: int) -> int:

@@ -228,7 +228,11 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def _respond(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        if len(body) < length:  # the client went away: nothing was asked
+            self.close_connection = True
+            return
         answer = self.server.answer_to(Request(self.command, self.path, self.headers, body))
         self._wait(answer.hold)
         self.close_connection = answer.raw is not None or answer.cut_off

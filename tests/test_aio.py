@@ -345,7 +345,7 @@ def test_ctrl_c_names_the_batch(run, framework):
                 raise
 
     with pytest.raises(KeyboardInterrupt):
-        run(main())
+        asyncio.run(main())
 
     assert "come back to it with monitor_batch(batch_id=" in messages[0]
 

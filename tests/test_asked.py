@@ -1,8 +1,8 @@
 """What the package was asked to do, ``asked.md``, does it: its Python blocks run, in order, in one namespace.
 
 Changed are only addresses, keys and ids, and the dots that stand for a task's other parameters; given are
-only the names that no block defines, and ``tasks`` to the blocks that submit it after another has called its
-results so. The provider is the demo one, the server the embedded one.
+only the names that no block defines. (A block calls its results ``tasks``, and a later one submits them: they
+are run again.) The provider is the demo one, the server the embedded one.
 """
 
 import re
@@ -36,10 +36,7 @@ class Asked:
             Path("config.json").write_text(config.replace("\n#", "\n"), "utf-8")
         if "task_result" in code:
             self.namespace["task_result"] = self.namespace["results"][0]
-        submitted = self.namespace.get("tasks")
         exec(compile(code, "asked.md", "exec"), self.namespace)
-        if "\ntasks = client.get_batch_tasks(" in code:
-            self.namespace["tasks"] = submitted
 
     def _with_addresses(self, code):
         for old, new in [

@@ -273,7 +273,7 @@ def test_a_server_that_is_not_there_is_said_to_be_so(server, client):
     with pytest.raises(ConnectionFailedError, match="no connection: .*refused.*Is a server running there") as caught:
         client.get_batches()
 
-    assert f"GET {server.url}/api/v1/batches" in caught.value.message
+    assert f"GET {server.url}/api/v1/batches" in caught.value.message and "urllib3" not in caught.value.message
     assert caught.value.status_code is None and caught.value.response is None
 
 

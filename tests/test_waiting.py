@@ -192,6 +192,7 @@ def test_a_batch_completed_between_two_chunks_is_not_done(clock, server, client,
 
     completed = [batch for batch in seen.batches if batch and batch.batch_status == TaskStatus.COMPLETED]
     assert completed[0].total_tasks == 1000
+    assert len([request for request in server.requests if request.path.endswith("/export")]) == 1
 
 
 def test_an_upload_ingested_line_by_line_is_waited_for(clock, server, client):
@@ -310,6 +311,8 @@ def test_a_truncated_export_is_read_again(clock, server, client, is_cut):
     server.broken_exports = [(0, is_cut), (3, is_cut), (7, is_cut)]
 
     assert_answered(client.monitor_batch(make_tasks(10), show_progress=False), make_tasks(10))
+
+    assert clock.now < 1  # no wait for what the counts know to be there
 
 
 # Never done.
