@@ -107,7 +107,9 @@ def parse(model: Type[_Model], data: Any, what: str) -> _Model:
     except ValidationError as exc:
         first = exc.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "as a whole"
-        raise InvalidResponseError(f"{what}: the answer is no {model.__name__}: {place}: {first['msg']}") from exc
+        raise InvalidResponseError(
+            f"{what}: the answer is no {model.__name__}: {place}: {first['msg']}", status_code=200
+        ) from exc
 
 
 def no_answer(error: Exception, what: str, read_timeout: float) -> ConnectionFailedError:

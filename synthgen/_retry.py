@@ -18,7 +18,15 @@ from urllib3.util.retry import Retry
 
 from .exceptions import ConfigurationError
 
-__all__ = ["RetryPolicy", "backoff_time", "innermost", "never_sent", "parse_retry_after", "retry_policy", "timed_out"]
+__all__ = [
+    "backoff_time",
+    "innermost",
+    "may_have_arrived",
+    "never_sent",
+    "parse_retry_after",
+    "retry_policy",
+    "timed_out",
+]
 
 _LONGEST_RETRY_AFTER = 60.0
 _LONGEST_BACKOFF = 120.0
@@ -113,6 +121,11 @@ def never_sent(error: Optional[BaseException]) -> bool:
 def timed_out(error: BaseException) -> bool:
     """Whether the connection was there, and no bytes came for too long."""
     return any(isinstance(layer, ReadTimeoutError) for layer in _layers(error))
+
+
+def may_have_arrived(attempt: Any) -> bool:
+    """Whether a request that was repeated may have been carried out, by its entry in ``Retry.history``."""
+    return attempt.status != 429 and not (attempt.error is not None and never_sent(attempt.error))
 
 
 def innermost(error: BaseException) -> BaseException:

@@ -24,7 +24,7 @@ from ._answers import WIRE_ERRORS, check_status, no_answer, parse, read_json
 from ._chunks import Chunks, as_task
 from ._config import read_config
 from ._matching import match
-from ._retry import RetryPolicy, backoff_time, innermost, never_sent, retry_policy
+from ._retry import backoff_time, innermost, may_have_arrived, never_sent, retry_policy
 from ._stream import iter_tasks
 from ._waiting import AWAY_ERRORS, BatchWait, describe_queues
 from .exceptions import (
@@ -116,10 +116,10 @@ class SynthgenClient:
         self._idempotent_uploads = idempotent_uploads
         self._retries = retries
         self._backoff_factor = backoff_factor
-        self._owns_session = session is None
-        policy = retry_policy(retries, backoff_factor, idempotent_uploads=idempotent_uploads)
-        self._session = session or _new_session(policy)
-        self._session_once = session or _new_session(retry_policy(0))  # requests has no retries per request
+        self._given_session = session
+        self._sessions: Dict[Tuple[int, int], requests.Session] = {}
+        self._trust_env = True  # False keeps proxies out
+        retry_policy(retries, backoff_factor)  # raises if a number is wrong
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base_url!r})"
@@ -135,9 +135,8 @@ class SynthgenClient:
 
     def close(self) -> None:
         """Close the connections; may be called twice. A session of your own stays open."""
-        if self._owns_session:
-            self._session.close()
-            self._session_once.close()
+        for session in self._sessions.values():
+            session.close()
 
     # The life of a batch, in its order.
 
@@ -145,7 +144,7 @@ class SynthgenClient:
         """The state of the server and of what it stands on; also when that is unhealthy. Never repeated."""
         what = self._name("GET", "/health")
         try:
-            data = self._request("GET", "/health", once=True, read_timeout=_HEALTH_TIMEOUT)
+            data = self._request("GET", "/health", retries=0, read_timeout=_HEALTH_TIMEOUT)
         except ServerError as exc:  # 503, with the same object under `detail`
             try:
                 return HealthResponse.model_validate(exc.response.json()["detail"] if exc.response else None)
@@ -247,7 +246,7 @@ class SynthgenClient:
             if submit and todo is not None:
                 self._create_batch(todo, chunk_size, batch_id, None, told)
             wait = BatchWait(
-                lambda read_timeout: self._get_batch(batch_id, once=True, read_timeout=read_timeout),
+                lambda read_timeout: self._get_batch(batch_id, retries=0, read_timeout=read_timeout),
                 self.check_health,
                 self._sleep,
                 told,
@@ -429,7 +428,10 @@ class SynthgenClient:
             files={"file": ("batch.jsonl", lines, "application/x-jsonlines")},
             headers={"Idempotency-Key": key},
         )
-        parse(BulkTaskResponse, data, self._name("POST", _BATCHES))
+        what = self._name("POST", _BATCHES)
+        taken = parse(BulkTaskResponse, data, what)
+        if taken.batch_id != batch_id:
+            raise InvalidResponseError(f"{what}: the tasks for batch {batch_id!r} went to batch {taken.batch_id!r}")
 
     def _was_refused(self, exc: Exception) -> bool:
         """Whether an upload that ended like this was surely not taken."""
@@ -568,12 +570,12 @@ class SynthgenClient:
 
     # The one way to the network.
 
-    def _get_batch(self, batch_id: str, *, once: bool = False, read_timeout: Optional[float] = None) -> Batch:
-        return self._get_batch_at(_batch_path(batch_id), once=once, read_timeout=read_timeout)
+    def _get_batch(self, batch_id: str, **options: Any) -> Batch:
+        return self._get_batch_at(_batch_path(batch_id), **options)
 
-    def _get_batch_at(self, path: str, *, once: bool = False, read_timeout: Optional[float] = None) -> Batch:
+    def _get_batch_at(self, path: str, **options: Any) -> Batch:
         what = self._name("GET", path)
-        data = self._request("GET", path, once=once, read_timeout=read_timeout)
+        data = self._request("GET", path, **options)
         if data is None:
             raise NotFoundError(f"{what}: no such batch (was it deleted, or is it not ingested yet?)", status_code=404)
         return parse(Batch, data, what)
@@ -585,6 +587,24 @@ class SynthgenClient:
         """Every pause between requests; `aio` can end one early."""
         time.sleep(seconds)
 
+    def _session_for(self, retries: int) -> requests.Session:
+        """The caller's session, or ours with so many retries: requests knows no retries per request.
+
+        A forked process makes its own; two that write to the same connections would mix up their answers.
+        """
+        if self._given_session is not None:
+            return self._given_session
+        key = os.getpid(), retries
+        if key not in self._sessions:
+            policy = retry_policy(retries, self._backoff_factor, idempotent_uploads=self._idempotent_uploads)
+            session = requests.Session()
+            session.trust_env = self._trust_env
+            session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # no state between requests
+            session.mount("http://", HTTPAdapter(max_retries=policy, pool_maxsize=_IDLE_CONNECTIONS))
+            session.mount("https://", HTTPAdapter(max_retries=policy, pool_maxsize=_IDLE_CONNECTIONS))
+            return self._sessions.setdefault(key, session)
+        return self._sessions[key]
+
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if self._api_key:
             request.headers["Authorization"] = f"Bearer {self._api_key}"
@@ -593,42 +613,45 @@ class SynthgenClient:
     def _name(self, method: str, path: str) -> str:
         return f"{method} {self.base_url}{path}"
 
-    def _request(self, method: str, path: str, *, once: bool = False, **options: Any) -> Any:
+    def _request(self, method: str, path: str, *, retries: Optional[int] = None, **options: Any) -> Any:
         """Make a request and return its JSON; None for an answer without a body.
 
         The adapter repeats it until there are headers; here it is repeated when the body was cut short or is
         not JSON, within the same number.
         """
         what = self._name(method, path)
-        repeatable = not once and (method != "POST" or self._idempotent_uploads)
-        repeats = 0
+        left = self._retries if retries is None else retries
+        lost = False
         while True:
-            response = self._send(method, path, once=once, **options)
-            repeats += len(getattr(response.raw.retries, "history", None) or ())
-            if method == "DELETE" and response.status_code == 404 and repeats:
+            response = self._send(method, path, retries=left, **options)
+            history = getattr(response.raw.retries, "history", None) or ()
+            left -= len(history)
+            lost = lost or any(map(may_have_arrived, history))
+            if method == "DELETE" and response.status_code == 404 and lost:
                 response.close()
-                return None  # an earlier try did it, and its answer was lost
+                return None  # an earlier try did it
             check_status(response, what, self._api_key)
             try:
                 return read_json(response, what, self._api_key)
             except (ConnectionFailedError, InvalidResponseError):
-                if not repeatable or repeats >= self._retries:
+                if left <= 0 or (method == "POST" and not self._idempotent_uploads):
                     raise
-            repeats += 1
-            self._pause(repeats)
+            lost = True
+            left -= 1
+            self._pause(self._retries - left)
 
     def _send(
         self,
         method: str,
         path: str,
         *,
-        once: bool = False,
+        retries: Optional[int] = None,
         headers: Optional[Dict[str, str]] = None,
         read_timeout: Optional[float] = None,
         **options: Any,
     ) -> requests.Response:
         """Send a request, and return the answer when its headers are there, whatever the status."""
-        session = self._session_once if once else self._session
+        session = self._session_for(self._retries if retries is None else retries)
         wait = self.timeout if read_timeout is None else min(read_timeout, self.timeout)
         started = time.monotonic()
         try:
@@ -668,15 +691,6 @@ def _upload_error(
         remaining=chunks.rest_after(unsent),
         idempotency_key=key if unconfirmed else None,
     )
-
-
-def _new_session(retry: RetryPolicy) -> requests.Session:
-    session = requests.Session()
-    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # no state between requests
-    adapter = HTTPAdapter(max_retries=retry, pool_maxsize=_IDLE_CONNECTIONS)
-    session.mount("http://", adapter)
-    session.mount("https://", adapter)
-    return session
 
 
 @contextmanager

@@ -107,6 +107,5 @@ class LocalServer:
 
         kwargs.setdefault("idempotent_uploads", True)
         client = SynthgenClient(self.url, self.api_key, **kwargs)
-        if "session" not in kwargs:
-            client._session.trust_env = client._session_once.trust_env = False  # HTTP_PROXY means other hosts
+        client._trust_env = False  # HTTP_PROXY means other hosts
         return client
