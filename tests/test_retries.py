@@ -166,6 +166,16 @@ def test_failures_of_several_kinds_are_survived_together(server):
     assert len(server.requests) == 5
 
 
+@pytest.mark.parametrize("answers", [[AWAY[1], BROKEN[0]], [BROKEN[3], AWAY[1]]], ids=["away first", "broken first"])
+def test_failures_of_several_kinds_share_the_number_of_retries(server, answers):
+    """Headers that are an error and a body that is none are the same to the user: another try."""
+    server.answer("GET", "/api/v1/batches", *answers, *answers, *answers)
+    with SynthgenClient(server.url, retries=RETRIES, backoff_factor=0) as client, pytest.raises(APIError):
+        client.get_batches()
+
+    assert len(server.requests) == 1 + RETRIES
+
+
 def test_the_last_answer_is_the_error(server):
     """It says why, where urllib3's own error would not."""
     server.answer("GET", "/api/v1/batches", DROP, Answer(None, 502), Answer({"detail": "disk full"}, 503))
@@ -188,6 +198,13 @@ def test_a_delete_whose_answer_was_lost_and_that_then_finds_nothing_has_succeede
         assert client.delete_task("t") is None
 
     assert len(server.requests) == 2
+
+
+def test_a_delete_that_was_put_off_and_then_finds_nothing_is_an_error(server):
+    """An answer of 429 says that it was not done."""
+    server.answer("DELETE", "/api/v1/tasks/t", Answer(None, 429), Answer(None, 404))
+    with SynthgenClient(server.url, backoff_factor=0) as client, pytest.raises(NotFoundError):
+        client.delete_task("t")
 
 
 def test_a_delete_that_finds_nothing_at_once_is_an_error(server):

@@ -3,15 +3,12 @@
 import contextlib
 import ipaddress
 import json
-import math
 import random
 import socket
 import ssl
 import threading
 import time
 import weakref
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, NamedTuple, Optional, Tuple, Union
@@ -21,6 +18,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+from .._retry import innermost, parse_retry_after
 from .store import Result
 
 __all__ = ["CallPolicy", "Provider", "TryAgain"]
@@ -205,9 +203,7 @@ def _read(response: requests.Response, deadline: float) -> bytes:
 
 def _no_answer(exc: requests.RequestException, api_key: Optional[str]) -> Union[str, TryAgain]:
     """What it means that no whole answer came."""
-    cause: BaseException = exc
-    while cause.__context__ is not None:
-        cause = cause.__context__
+    cause = innermost(exc)
     if isinstance(cause, ssl.SSLCertVerificationError):
         return f"Certificate error: {cause}"
     if isinstance(exc, requests.ConnectTimeout):
@@ -223,7 +219,7 @@ def _answer(response: requests.Response, content: bytes, api_key: Optional[str])
     """What a whole answer means; text is an error that no other try would mend."""
     status, text = response.status_code, _shortened(content.decode("utf-8", "replace"), api_key)
     reason = f"{status} {_phrase(status)}"
-    retry_after = _retry_after(response.headers.get("Retry-After", "0"))
+    retry_after = parse_retry_after(response.headers.get("Retry-After", "0"))
     if status == 429:
         return TryAgain(f"Client error ({reason}): {text}", retry_after)
     if status >= 500:
@@ -268,17 +264,3 @@ def _phrase(status: int) -> str:
         return HTTPStatus(status).phrase
     except ValueError:
         return "Unknown"
-
-
-def _retry_after(value: str) -> float:
-    """Seconds to wait, from seconds or a date; 0 for what makes no sense."""
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            when = parsedate_to_datetime(value)
-        except (TypeError, ValueError, IndexError):
-            return 0.0
-        when = when if when.tzinfo else when.replace(tzinfo=timezone.utc)
-        seconds = (when - datetime.now(timezone.utc)).total_seconds()
-    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
