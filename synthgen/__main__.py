@@ -395,7 +395,7 @@ def _numbers(*numbers: int) -> List[str]:
 
 
 def _say(text: str) -> None:
-    print(printable(text, sys.stderr.encoding), file=sys.stderr)
+    print(printable(text, sys.stderr.encoding), file=sys.stderr, flush=True)  # Python 3.8 would keep it from a log
 
 
 # --------------------------------------------------------------------------------------------- parser

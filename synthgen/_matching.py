@@ -16,6 +16,8 @@ __all__ = ["match"]
 #: custom_id, URL, method. None as a whole: the server does not say.
 _Name = Optional[Tuple[Optional[str], Optional[str], Optional[str]]]
 
+_to_sorted_json = json.JSONEncoder(sort_keys=True).encode
+
 
 def match(
     tasks: Sequence[Task],
@@ -33,23 +35,24 @@ def match(
     Returns:
         For each task its result or None, and how many results belong to no task.
     """
-    alike: Dict[bytes, List[int]] = defaultdict(list)
+    alike: Dict[bytes, Tuple[List[int], List[TaskResponse]]] = {}
     for index, task in enumerate(tasks):
-        as_sent = json.loads(json.dumps([task.body, task.dataset, task.source]))
-        alike[_digest(as_sent)].append(index)
+        as_sent = _with_text_keys([task.body, task.dataset, task.source])
+        alike.setdefault(_digest(as_sent), ([], []))[0].append(index)
 
-    candidates: Dict[bytes, List[TaskResponse]] = defaultdict(list)
     surplus = 0
     for result in results:
         if result.status in (TaskStatus.PENDING, TaskStatus.PROCESSING):
             continue
-        candidates[_digest([result.body, result.dataset, result.source])].append(result)
         surplus += 1
+        digest = _digest([result.body, result.dataset, result.source])
+        if digest in alike:
+            alike[digest][1].append(result)
 
     matched: List[Optional[TaskResponse]] = [None] * len(tasks)
-    for key, indices in alike.items():
+    for indices, candidates in alike.values():
         names = [(tasks[i].custom_id, tasks[i].url, tasks[i].method) for i in indices]
-        for index, found in zip(indices, _share_out(names, candidates[key], look_up)):
+        for index, found in zip(indices, _share_out(names, candidates, look_up)):
             if found is not None:
                 found.custom_id = tasks[index].custom_id
                 matched[index] = found
@@ -75,5 +78,14 @@ def _share_out(
     ]
 
 
+def _with_text_keys(value: Any) -> Any:
+    """The value with every key as JSON has it, so that keys are sorted as those of a result are."""
+    if isinstance(value, dict):
+        return {k if isinstance(k, str) else json.dumps(k): _with_text_keys(item) for k, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_text_keys(item) for item in value]
+    return value
+
+
 def _digest(identity: Any) -> bytes:
-    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode("ascii"), digest_size=16).digest()
+    return hashlib.blake2b(_to_sorted_json(identity).encode("ascii"), digest_size=16).digest()

@@ -80,6 +80,10 @@ _Status = Field(union_mode="left_to_right")
 
 # ---------------------------------------------------------------------------------------------- sent
 
+# Made once: json.dumps would make an encoder for each text.
+_to_ascii = json.JSONEncoder(ensure_ascii=True, allow_nan=False).encode
+_to_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
 
 class Task(BaseModel):
     """One LLM call to make.
@@ -123,7 +127,7 @@ class Task(BaseModel):
     @classmethod
     def _is_json(cls, value: Any) -> Any:
         try:
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+            _to_text(value).encode("utf-8")
         except (TypeError, ValueError, RecursionError) as exc:
             raise ValueError(f"can't be sent as JSON: {exc}") from None
         return value
@@ -148,7 +152,7 @@ class Task(BaseModel):
         Raises:
             TypeError, ValueError: The ``body`` was changed to something that JSON can't say.
         """
-        return json.dumps(dict(self), ensure_ascii=True, allow_nan=False).encode("ascii")
+        return _to_ascii(self.__dict__).encode("ascii")
 
 
 def _hiding_inputs(validate: Any, data: Any, **kwargs: Any) -> Any:

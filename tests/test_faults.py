@@ -73,7 +73,7 @@ def make_tasks(upstream, count):
 
 
 def make_client(upstream, proxy, **settings):
-    settings = {"retries": 10, "backoff_factor": 0.01, "timeout": 0.5, **settings}
+    settings = {"retries": 10, "backoff_factor": 0.01, "timeout": 1, **settings}
     return SynthgenClient(proxy.url, upstream.api_key, **settings)
 
 
