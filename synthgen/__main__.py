@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
@@ -58,9 +58,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
         return _OK
     except SynthgenError as exc:
-        _say(f"error: {exc}")
+        # What an upload's error says of going on is for scripts.
+        _say(f"error: {exc.__cause__ or exc}" if isinstance(exc, BatchUploadError) else f"error: {exc}")
         return _exit_code(exc)
-    except (OSError, ValueError) as exc:  # a file, a port, an id
+    except OSError as exc:  # a file, a port
+        _say(f"error: {exc.filename}: {exc.strerror}" if exc.filename and exc.strerror else f"error: {exc}")
+        return _REFUSED
+    except ValueError as exc:  # an id
         _say(f"error: {exc}")
         return _REFUSED
 
@@ -89,6 +93,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigurationError("--local starts a server of its own: leave out --base-url")
     if args.db and not args.local:
         raise ConfigurationError("--db is the database of --local: give both")
+    if args.output and os.path.exists(args.output) and args.tasks != "-" and os.path.samefile(args.output, args.tasks):
+        raise ConfigurationError(f"{args.output} is the file with the tasks: results need another")
     tasks = _read_tasks(args.tasks, args.provider, _environment_key(args.key_env))
     missing = None
     with _output(args) as write:
@@ -97,6 +103,8 @@ def _run(args: argparse.Namespace) -> int:
                 results = _follow(args, client, tasks)
             except BatchIncompleteError as exc:
                 results, missing = exc.results, exc
+        if missing and not results:
+            raise missing  # and leave the file that is there
         write(results)
     if missing:
         raise missing
@@ -137,6 +145,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _stats(args: argparse.Namespace) -> int:
     with _client(args, retries=1) as client:
+        client.get_batch(args.batch)  # of an unknown batch the statistics are all 0
         stats = client.get_batch_stats(args.batch, args.range, args.interval)
     if args.json:
         return _print_json(stats)
@@ -222,9 +231,25 @@ def _local_client(args: argparse.Namespace) -> Iterator[SynthgenClient]:
     database = _database(args)
     if args.batch and not os.path.exists(database):
         raise ConfigurationError(f"{database}: there is no such file, and batch {args.batch!r} would be in it")
+    if not args.batch and not args.db and os.path.exists(database):
+        _refuse_unfinished(database)
     _say(f"database: {database}" + ("" if args.db else ", removed when all is done"))
     with LocalServer(database) as server, server.client() as client:
         yield client
+
+
+def _refuse_unfinished(database: str) -> None:
+    """What an earlier run left would be run, and paid for, beside the new tasks."""
+    from .local.store import Store
+
+    with closing(Store(database)) as store:
+        for row in store.batches():
+            left = row["total"] - row["completed"] - row["failed"] - row["cached"]
+            if left:
+                raise ConfigurationError(
+                    f"{database} has a batch of an earlier run, with {left:,} tasks to do: "
+                    f"--batch {row['batch_id']} goes on with it, or remove the file"
+                )
 
 
 def _database(args: argparse.Namespace) -> str:
@@ -240,6 +265,8 @@ def _remove_database(path: str) -> None:
 
 def _follow(args: argparse.Namespace, client: SynthgenClient, tasks: Optional[List[Task]] = None) -> List[TaskResponse]:
     """Run tasks, or wait for the batch that was named; whatever ends that early, say how to go on."""
+    if args.batch:
+        client.get_batch(args.batch)  # a name that is wrong is found out now
     monitor = new_monitor()
     try:
         return client.monitor_batch(
@@ -257,6 +284,8 @@ def _follow(args: argparse.Namespace, client: SynthgenClient, tasks: Optional[Li
             _say(f"to go on: {_command(args.argv if args.batch else [*args.argv, '--batch', progress.batch_id])}")
         elif progress.batch_id:
             _say(f"batch {progress.batch_id}: {progress.uploaded_text()}. To start again: {_command(args.argv)}")
+            if args.local:  # so that no part of it is run beside the whole
+                client.delete_batch(progress.batch_id)
         raise
 
 
@@ -309,7 +338,7 @@ def _read_tasks(path: str, provider: Optional[str], api_key: Optional[str]) -> L
             if not line.strip():
                 continue
             try:
-                tasks.append(_task(line, provider, api_key))
+                tasks.append(_task(line.strip(), provider, api_key))
             except (ValueError, RecursionError) as exc:
                 raise ConfigurationError(f"{name}, line {number}: {_reason(exc)}") from None
     if not tasks:
@@ -322,7 +351,7 @@ def _task(line: bytes, provider: Optional[str], api_key: Optional[str]) -> Task:
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
     url = fields.get("url")
-    if isinstance(url, str) and "://" not in url:  # a line of an OpenAI batch input file
+    if isinstance(url, str) and not set(url.split("/")[0]) & set(":."):  # a path, as in an OpenAI batch input file
         if provider is None:
             raise ValueError(f"url {url!r} is relative: --provider says to what")
         fields["url"] = _join(provider, url)
@@ -332,7 +361,10 @@ def _task(line: bytes, provider: Optional[str], api_key: Optional[str]) -> Task:
 
 
 def _join(provider: str, url: str) -> str:
+    """The URL of a path at a provider, which may have been given with a part of the path, or all of it."""
     base, path = provider.rstrip("/"), "/" + url.lstrip("/")
+    if base.endswith(path):
+        return base
     if base.endswith("/v1") and path.startswith("/v1/"):
         base = base[: -len("/v1")]
     return base + path
@@ -443,7 +475,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--provider", metavar="URL", type=_url, help="what a relative url is appended to")
     run.add_argument("--key-env", metavar="NAME", help="environment variable with the key for tasks that have none")
 
-    serve = command(_serve, "start a server on this machine", "serve --db batches.db")
+    serve = command(
+        _serve, "start a server on this machine; its key is SYNTHGEN_API_KEY, or made up", "serve --db batches.db"
+    )
     serve.add_argument("--db", metavar="FILE", help="where batches are kept; by default they are gone at the end")
     serve.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at (default: %(default)s)")
     serve.add_argument("--port", default=_PORT, type=int, metavar="P", help="0 takes a free one (default: %(default)s)")

@@ -3,9 +3,10 @@
 import math
 import random
 import ssl
-from typing import Any, Iterator, Optional
+import time
+from contextvars import ContextVar
+from typing import Any, Callable, Iterator, Optional
 
-from urllib3.connection import CertificateError  # type: ignore[attr-defined]
 from urllib3.exceptions import (
     ConnectTimeoutError,
     InvalidHeader,
@@ -24,12 +25,16 @@ __all__ = [
     "may_have_arrived",
     "never_sent",
     "parse_retry_after",
+    "pausing",
     "retry_policy",
     "timed_out",
 ]
 
 _LONGEST_RETRY_AFTER = 60.0
 _LONGEST_BACKOFF = 120.0
+
+#: How the request that is being made pauses before a repeat: urllib3 knows of no other way to end that early.
+pausing: "ContextVar[Callable[[float], None]]" = ContextVar("pausing", default=time.sleep)
 
 
 class RetryPolicy(Retry):
@@ -44,6 +49,13 @@ class RetryPolicy(Retry):
         if response is not None and (self.get_retry_after(response) or 0.0) > _LONGEST_RETRY_AFTER:
             raise MaxRetryError(kwargs.get("_pool"), url, ResponseError("asked to wait too long"))  # type: ignore[arg-type]
         return super().increment(method, url, response, *args, **kwargs)
+
+    def sleep(self, response: Any = None) -> None:
+        """As long as the server asks for, else the backoff; `pausing` says how."""
+        asked = 0.0 if response is None else self.get_retry_after(response) or 0.0
+        seconds = asked or self.get_backoff_time()
+        if seconds:
+            pausing.get()(seconds)
 
     def parse_retry_after(self, retry_after: str) -> float:
         """As `parse_retry_after`; urllib3 raises on decimals."""
@@ -134,8 +146,11 @@ def innermost(error: BaseException) -> BaseException:
 
 
 def _is_certificate_error(error: BaseException) -> bool:
-    # OpenSSL refuses with the first; urllib3 1.26 compares the host's name by itself.
-    return any(isinstance(layer, (ssl.SSLCertVerificationError, CertificateError)) for layer in _layers(error))
+    # OpenSSL refuses with the first; urllib3 1.26 compares the host's name by itself, with an error of its own.
+    return any(
+        isinstance(layer, ssl.SSLCertVerificationError) or type(layer).__name__ == "CertificateError"
+        for layer in _layers(error)
+    )
 
 
 def _layers(error: BaseException) -> Iterator[BaseException]:

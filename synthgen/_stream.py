@@ -7,24 +7,29 @@ waits for the end of a line: memory stays at one read, or at the largest single 
 import codecs
 import json
 import re
-from typing import Any, Iterable, Iterator, Tuple
+from typing import Any, Iterable, Iterator, List, Tuple
 
 __all__ = ["iter_tasks"]
 
 _raw_decode = json.JSONDecoder().raw_decode
-_skip_gap = re.compile(r"[ \t\r\n,]*").match
+_GAP = " \t\r\n,"
+_skip_gap = re.compile(f"[{_GAP}]*").match
 #: An error this close to the end may be a literal, number or escape that the end of the text cuts in two.
 _LONGEST_TOKEN = 16
+#: How many characters are decoded together, and how many at the start of a task tell where another one may start.
+_TOGETHER = 64 * 1024
+_START = 16
 
 
-def iter_tasks(chunks: Iterable[bytes]) -> Iterator[Tuple[Any, str]]:
+def iter_tasks(chunks: Iterable[bytes], with_text: bool = True) -> Iterator[Tuple[Any, str]]:
     """Decode an export.
 
     Args:
         chunks: The body, cut anywhere, inside a character too.
+        with_text: Whether the texts are wanted; without them it is faster.
 
     Yields:
-        Each task, and the JSON text that it was decoded from (without a newline).
+        Each task, and the JSON text that it was decoded from (without a newline), or an empty one.
 
     Raises:
         EOFError: The bytes end before the JSON does.
@@ -39,7 +44,10 @@ def iter_tasks(chunks: Iterable[bytes]) -> Iterator[Tuple[Any, str]]:
             if key == "tasks" and text.peek() == "[":
                 text.skip("[")
                 while text.peek() != "]":
-                    yield text.value()
+                    task, source = text.value()
+                    yield task, source if with_text else ""
+                    if not with_text:
+                        yield from ((task, "") for task in text.values_like(source))
                 text.skip("]")
             else:
                 text.value()
@@ -54,6 +62,7 @@ class _Text:
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self._text = ""
         self._at = 0
+        self._may_guess = True
 
     def peek(self) -> str:
         """The next character that is neither space nor comma; empty at the end."""
@@ -95,6 +104,23 @@ class _Text:
             if not self._read(available - start):
                 raise EOFError("cut short")
 
+    def values_like(self, source: str) -> List[Any]:
+        """The objects that come next and are here already, up to the last one that starts as this text does.
+
+        Decoded together they share their keys, and take three quarters of the time. Where the last one starts is a
+        guess, but a safe one: only when it is right, what is before it is JSON between brackets.
+        """
+        end = self._text.rfind(source[:_START], self._at, self._at + _TOGETHER)
+        if end <= self._at or source[0] != "{" or not self._may_guess:
+            return []
+        try:
+            values: List[Any] = json.loads(f"[{self._text[self._at : end].strip(_GAP)}]")
+        except (ValueError, RecursionError):
+            self._may_guess = False  # of this text: it might be wrong for each value in it
+            return []
+        self._at = end
+        return values
+
     def _read(self, at_least: int) -> bool:
         """Add so many characters, if there are; whether any came."""
         parts = [self._text[self._at :]]
@@ -106,4 +132,5 @@ class _Text:
                 break
         self._text = "".join(parts)
         self._at = 0
+        self._may_guess = True
         return added > 0

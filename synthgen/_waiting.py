@@ -23,6 +23,8 @@ from .monitor import Monitor, plural
 __all__ = ["AWAY_ERRORS", "BatchWait", "describe_queues"]
 
 _FIRST_PAUSE = 0.1
+#: How long nothing may move before the server is asked whether it knows of trouble.
+_ASK_AFTER = 10.0
 _PAUSE_GROWTH = 1.5
 #: Counts lag behind by the framework's index refresh, 5 s: a total that was the same for longer is final.
 _SETTLED_AFTER = 6.0
@@ -87,6 +89,8 @@ class BatchWait:
         self._away_since: Optional[float] = None
         self._retry_after = 0.0
         self._early = 0
+        self._trouble: Optional[str] = None
+        self._asked_at = self._moved_at
 
     def wait(self) -> Optional[HealthResponse]:
         """Block until every task has an outcome, or until none of those without one will get it.
@@ -104,6 +108,7 @@ class BatchWait:
             self._poll()
             if self._is_done():
                 return None
+            self._look_for_trouble()
             stuck = self._look_for_stall()
             if stuck is not None:
                 return stuck
@@ -168,8 +173,22 @@ class BatchWait:
         if health is None or not _knows_queues(health) or health.services.batch_queue_messages:
             return False
         if batch is None:
-            raise NotFoundError(f"batch {self._batch_id!r}: no such batch (was it deleted?)", status_code=404)
+            raise self._unknown_batch()
         return True
+
+    def _unknown_batch(self) -> NotFoundError:
+        return NotFoundError(f"batch {self._batch_id!r}: no such batch (was it deleted?)", status_code=404)
+
+    def _look_for_trouble(self) -> None:
+        """Pass on what the server says of itself while nothing moves, such as a provider that is not there."""
+        now = time.monotonic()
+        if self._away_since is not None or now - max(self._moved_at, self._asked_at) < _ASK_AFTER:
+            return
+        self._asked_at = now
+        health = self._health()
+        if health is not None and health.error and health.error != self._trouble:
+            self._trouble = health.error
+            self._monitor.note(health.error)
 
     def _look_for_stall(self) -> Optional[HealthResponse]:
         now = time.monotonic()
@@ -181,6 +200,8 @@ class BatchWait:
         waiting = self.batch.pending_tasks + self.batch.processing_tasks if self.batch else 0
         if health is not None and _knows_queues(health):
             if not waiting and not health.services.batch_queue_messages:
+                if self._submitted is None and self.batch is None:
+                    raise self._unknown_batch()
                 return health
             self._raise_if_unserved(health, waiting)
         self._quiet_since = now

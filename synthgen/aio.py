@@ -9,6 +9,7 @@ import os
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
 from typing import (
     Any,
@@ -382,11 +383,12 @@ class _Call(SynthgenClient):
         super()._upload(batch_id, lines, key)
 
     def _stream_export(
-        self, batch_path: str, task_status: Optional[Union[TaskStatus, str]]
-    ) -> Iterator[Tuple[Dict[str, Any], str]]:
-        for task in super()._stream_export(batch_path, task_status):
-            self._check()
-            yield task
+        self, batch_path: str, task_status: Optional[Union[TaskStatus, str]], retries: int, with_text: bool
+    ) -> Generator[Tuple[Dict[str, Any], str], None, None]:
+        with closing(super()._stream_export(batch_path, task_status, retries, with_text)) as stream:
+            for task in stream:
+                self._check()
+                yield task
 
 
 class _Drawn(Iterator[Task]):

@@ -5,11 +5,13 @@ All times are in seconds unless a name says otherwise.
 """
 
 import errno
+import json
 import logging
 import os
+import shutil
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.cookiejar import DefaultCookiePolicy
 from itertools import count
 from typing import Any, Dict, Generator, Iterable, Iterator, List, NoReturn, Optional, Set, Sized, Tuple, TypeVar, Union
@@ -24,7 +26,7 @@ from ._answers import WIRE_ERRORS, check_status, no_answer, parse, read_json
 from ._chunks import Chunks, as_task
 from ._config import read_config
 from ._matching import match
-from ._retry import backoff_time, innermost, may_have_arrived, never_sent, retry_policy
+from ._retry import backoff_time, innermost, may_have_arrived, never_sent, pausing, retry_policy
 from ._stream import iter_tasks
 from ._waiting import AWAY_ERRORS, BatchWait, describe_queues
 from .exceptions import (
@@ -78,7 +80,7 @@ class SynthgenClient:
     GETs and DELETEs are repeated when the connection or the server fails. An upload is repeated only when it
     surely was not taken: sent twice, its tasks would be run and paid for twice.
 
-    Threads may share a client.
+    Threads may share a client, and so may a forked process, unless the session is yours.
 
     Args:
         base_url: Where the server is, path prefix included; ``http://localhost:8002`` by default.
@@ -135,7 +137,7 @@ class SynthgenClient:
 
     def close(self) -> None:
         """Close the connections; may be called twice. A session of your own stays open."""
-        for session in self._sessions.values():
+        for session in list(self._sessions.values()):
             session.close()
 
     # The life of a batch, in its order.
@@ -164,8 +166,7 @@ class SynthgenClient:
         """Submit tasks, in as many uploads as needed, and return the batch's id and the number sent.
 
         Args:
-            tasks: Any iterable, read once and as it is sent: one chunk is in memory at a time. A result of the
-                embedded server may be among them, to be run again; its provider key is not known any more.
+            tasks: Any iterable, read once and as it is sent: one chunk is in memory at a time.
             chunk_size: The most tasks in one upload; one is also cut at 8 MiB, a larger task goes alone.
             batch_id: The batch to add them to; a new one by default.
             idempotency_key: What names this upload to a server that deduplicates; made up by default. A list
@@ -174,17 +175,20 @@ class SynthgenClient:
 
         Raises:
             BatchUploadError: The upload ended early. It says what was taken, and how to go on.
-            ValueError: There are no tasks, or the id can't be one.
+            ValueError: There are no tasks for a new batch, or the id can't be one.
         """
         chunk_size = _checked_chunk_size(chunk_size)
-        batch_id = _new_batch_id(batch_id)
+        goes_on, batch_id = batch_id is not None, _new_batch_id(batch_id)
         tasks = _checked_tasks(tasks)
         if idempotency_key is not None:
             if not idempotency_key or not is_header_value(idempotency_key):
                 raise ValueError("an idempotency key must be text that fits a header")
             chunk_size = max(chunk_size, len(tasks) if isinstance(tasks, Sized) else 0)
         with _watching(monitor) as told:
-            return self._create_batch(tasks, chunk_size, batch_id, idempotency_key, told)
+            created = self._create_batch(tasks, chunk_size, batch_id, idempotency_key, told)
+        if not created.total_tasks and not goes_on:  # nothing may be left of an upload that goes on
+            raise ValueError("there are no tasks to upload")
+        return created
 
     def monitor_batch(
         self,
@@ -214,7 +218,8 @@ class SynthgenClient:
             cost_by_1m_output_token: Price of a million output tokens, for the display.
             chunk_size: The most tasks in one upload.
             poll_interval: The longest pause between two polls, in seconds.
-            timeout: The longest wait for the batch, in seconds; None waits as long as it takes.
+            timeout: The longest wait for the batch to end, in seconds, uploading included; None for ever. No request
+                is broken off for it.
             stall_timeout: How long nothing may move, in seconds, before the reason is looked for; None for ever.
             show_progress: Draw the progress on stderr: with rich on a terminal, else in lines.
             monitor: Is told of the progress, in place of that.
@@ -230,7 +235,7 @@ class SynthgenClient:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         chunk_size = _checked_chunk_size(chunk_size)
-        _check_seconds(poll_interval=poll_interval, stall_timeout=stall_timeout)
+        _check_seconds(poll_interval=poll_interval, stall_timeout=stall_timeout, timeout=timeout)
         if tasks is None and batch_id is None:
             raise ValueError("monitor_batch needs tasks to run, or the id of a batch to wait for, or both")
         todo = None if tasks is None else list(map(as_task, _checked_tasks(tasks), count()))
@@ -297,7 +302,7 @@ class SynthgenClient:
         """
         path = _batch_path(batch_id)
         what = self._name("GET", f"{path}/tasks/export")
-        return (parse(TaskResponse, task, what) for task, _ in self._iter_export(path, task_status))
+        return (parse(TaskResponse, task, what) for task, _ in self._iter_export(path, task_status, with_text=False))
 
     def get_batch_tasks(
         self,
@@ -326,11 +331,12 @@ class SynthgenClient:
         Raises:
             OSError: The file can't be written; found out before anything is asked.
         """
-        export = self._iter_export(_batch_path(batch_id), task_status)
+        export = self._iter_export(_batch_path(batch_id), task_status, with_text=True)
         written = 0
         with _watching(monitor) as told, replacing(path) as file:
-            for _, text in _counted(export, told, None):
-                file.write(text.encode("utf-8") + b"\n")
+            for task, text in _counted(export, told, None):
+                line = json.dumps(task) if "\n" in text else text
+                file.write(line.encode("utf-8") + b"\n")
                 written += 1
         return written
 
@@ -416,8 +422,6 @@ class SynthgenClient:
             # Under a key of the caller's, an earlier call may have sent what this one could not.
             refused = idempotency_key is None and self._was_refused(exc)
             raise _upload_error(exc, batch_id, uploaded, chunk, chunks, chunk_key, refused) from exc
-        if not uploaded:
-            raise ValueError("there are no tasks to upload")
         return BulkTaskResponse(batch_id=batch_id, total_tasks=uploaded)
 
     def _upload(self, batch_id: str, lines: bytes, key: str) -> None:
@@ -436,9 +440,16 @@ class SynthgenClient:
     def _was_refused(self, exc: Exception) -> bool:
         """Whether an upload that ended like this was surely not taken."""
         refused = isinstance(exc, APIError) and 400 <= (exc.status_code or 0) < 500
-        if self._idempotent_uploads:  # an earlier try may have been taken before one that surely was not
+        if self._repeats_uploads():  # an earlier try may have been taken before one that surely was not
             return refused and not isinstance(exc, RateLimitError)
         return refused or never_sent(exc.__cause__)
+
+    def _repeats_uploads(self) -> bool:
+        """Whether an upload that failed may not have been the first try: a caller's adapter has its own policy."""
+        if self._given_session is None:
+            return self._idempotent_uploads
+        adapter = self._given_session.get_adapter(self.base_url)
+        return self._idempotent_uploads or getattr(getattr(adapter, "max_retries", None), "total", None) != 0
 
     # Waiting.
 
@@ -449,7 +460,7 @@ class SynthgenClient:
             try:
                 health = self.check_health()
                 break
-            except (ConnectionFailedError, InvalidResponseError, RateLimitError, ServerError) as exc:
+            except AWAY_ERRORS as exc:
                 if repeats >= self._retries or never_sent(exc.__cause__):
                     raise
                 repeats += 1
@@ -472,20 +483,27 @@ class SynthgenClient:
         while True:
             stuck = wait.wait()
             try:
-                results, missing = self._download(wait.batch, batch_id, tasks, monitor)
-            except AWAY_ERRORS:
+                results, missing, surplus = self._download(wait.batch, batch_id, tasks, monitor)
+            except AWAY_ERRORS as exc:
                 if wait.is_server_there():
+                    exc.message += f". Batch {batch_id!r} is not lost: monitor_batch(batch_id={batch_id!r}) comes back"
+                    exc.args = (exc.message,)
                     raise
                 continue
             expected = wait.batch.total_tasks if tasks is None and wait.batch else len(tasks or ())
+            lacking = f"{expected - len(results):,} of {expected:,} tasks"
+            unmatched = f"; {surplus:,} results match no task" if surplus else ""
             if len(results) >= expected:
+                if surplus:
+                    monitor.note(f"{surplus:,} more results than tasks: the batch was run more than once in part")
                 return results
-            if stuck is None:
+            if stuck is None and (results or surplus < expected):  # else it is full of other tasks
+                monitor.note(f"{lacking} have no result yet{unmatched}; looking again")
                 wait.came_early()
                 continue
+            why = describe_queues(stuck) if stuck else "are these the tasks of that batch?"
             raise BatchIncompleteError(
-                f"batch {batch_id!r}: {expected - len(results):,} of {expected:,} tasks never arrived; "
-                f"{describe_queues(stuck)}",
+                f"batch {batch_id!r}: {lacking} never arrived; {why}{unmatched}",
                 batch_id=batch_id,
                 results=results,
                 missing=missing,
@@ -494,19 +512,17 @@ class SynthgenClient:
 
     def _download(
         self, batch: Optional[Batch], batch_id: str, tasks: Optional[List[Task]], monitor: Monitor
-    ) -> Tuple[List[TaskResponse], List[Task]]:
-        """The results that are there, and the tasks without one."""
+    ) -> Tuple[List[TaskResponse], List[Task], int]:
+        """The results that are there, the tasks without one, and how many results belong to no task."""
         if batch is None:
-            return [], tasks or []
+            return [], tasks or [], 0
         downloaded = list(_counted(self.iter_batch_tasks(batch_id), monitor, batch.finished_tasks))
         if tasks is None:
-            return downloaded, []
+            return downloaded, [], 0
         matched, surplus = match(tasks, downloaded, self._with_custom_id)
         results = [result for result in matched if result is not None]
         missing = [task for task, result in zip(tasks, matched) if result is None]
-        if surplus and not missing:
-            monitor.note(f"{surplus:,} more results than tasks: the batch was run more than once in part")
-        return results, missing
+        return results, missing, surplus
 
     def _with_custom_id(self, result: TaskResponse) -> TaskResponse:
         try:
@@ -517,20 +533,23 @@ class SynthgenClient:
     # Exports.
 
     def _iter_export(
-        self, batch_path: str, task_status: Optional[Union[TaskStatus, str]]
+        self, batch_path: str, task_status: Optional[Union[TaskStatus, str]], with_text: bool
     ) -> Iterator[Tuple[Dict[str, Any], str]]:
-        """Each task once, with its JSON text, whatever becomes of the streams that they come in."""
+        """Each task once, with its JSON text if wanted, whatever becomes of the streams that they come in."""
         before = self._get_batch_at(batch_path)
         seen: Set[str] = set()
         repeats = 0  # in a row that brought nothing new
         while True:
             known = len(seen)
             try:
-                for task, text in self._stream_export(batch_path, task_status):
-                    message_id = task["message_id"]
-                    if message_id not in seen:
-                        seen.add(message_id)
-                        yield task, text
+                # The adapter repeats the first request; from then on the repeats are counted here.
+                retries = 0 if repeats else self._retries
+                with closing(self._stream_export(batch_path, task_status, retries, with_text)) as stream:
+                    for task, text in stream:
+                        message_id = task["message_id"]
+                        if message_id not in seen:
+                            seen.add(message_id)
+                            yield task, text
                 after = self._get_batch_at(batch_path)
                 expected = min(_expected(before, task_status), _expected(after, task_status))
                 if len(seen) >= expected:
@@ -538,26 +557,28 @@ class SynthgenClient:
                 raise ConnectionFailedError(
                     f"{self._name('GET', batch_path)}/tasks/export: it ended after {len(seen):,} of {expected:,} tasks"
                 )
-            except (ConnectionFailedError, InvalidResponseError) as exc:
+            except AWAY_ERRORS as exc:
+                is_final = isinstance(exc, (RateLimitError, ServerError)) and not repeats
                 if len(seen) > known:
                     repeats = 0
-                if repeats >= self._retries:
+                if repeats >= self._retries or is_final:
                     raise
                 logger.debug("reading the export again: %s", exc)
             repeats += 1
             self._pause(repeats)
 
     def _stream_export(
-        self, batch_path: str, task_status: Optional[Union[TaskStatus, str]]
-    ) -> Iterator[Tuple[Dict[str, Any], str]]:
+        self, batch_path: str, task_status: Optional[Union[TaskStatus, str]], retries: int, with_text: bool
+    ) -> Generator[Tuple[Dict[str, Any], str], None, None]:
         path = f"{batch_path}/tasks/export"
         what = self._name("GET", path)
         params = None if task_status is None else {"task_status": str(task_status)}
         # A truncated gzip stream would end without an error.
-        with self._send("GET", path, params=params, headers={"Accept-Encoding": "identity"}) as response:
+        headers = {"Accept-Encoding": "identity"}
+        with self._send("GET", path, params=params, headers=headers, retries=retries) as response:
             check_status(response, what, self._api_key)
             try:
-                for task, text in iter_tasks(response.iter_content(_READ_BYTES)):
+                for task, text in iter_tasks(response.iter_content(_READ_BYTES), with_text):
                     if not isinstance(task, dict) or not isinstance(task.get("message_id"), str):
                         raise ValueError("a task without a message_id")
                     yield task, text
@@ -652,6 +673,7 @@ class SynthgenClient:
     ) -> requests.Response:
         """Send a request, and return the answer when its headers are there, whatever the status."""
         session = self._session_for(self._retries if retries is None else retries)
+        pauses = pausing.set(self._sleep)
         wait = self.timeout if read_timeout is None else min(read_timeout, self.timeout)
         started = time.monotonic()
         try:
@@ -669,6 +691,8 @@ class SynthgenClient:
             )
         except WIRE_ERRORS as exc:
             raise no_answer(exc, self._name(method, path), wait) from exc
+        finally:
+            pausing.reset(pauses)
         response.raw.enforce_content_length = True  # urllib3 1.26 would end a short body without an error
         logger.debug("%s %s -> %d in %.3f s", method, path, response.status_code, time.monotonic() - started)
         return response
@@ -697,6 +721,8 @@ def _upload_error(
 def replacing(path: Union[str, "os.PathLike[str]"]) -> Iterator[Any]:
     """A binary file that takes the place of ``path`` when all went well; otherwise nothing has changed."""
     target = os.path.realpath(path)
+    if not os.path.isdir(os.path.dirname(target)):
+        raise OSError(errno.ENOENT, "no such folder", os.path.dirname(target))
     if os.path.exists(target) and not os.path.isfile(target):
         raise OSError(errno.EINVAL, "there is something else than a file", target)
     part = f"{target}.{uuid.uuid4().hex[:8]}.part"
@@ -706,6 +732,8 @@ def replacing(path: Union[str, "os.PathLike[str]"]) -> Iterator[Any]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if os.path.exists(target):
+            shutil.copymode(target, part)
         os.replace(part, target)
     except BaseException:
         os.unlink(part)

@@ -96,6 +96,7 @@ class Task(BaseModel):
 
     #: Your name for the task; its result carries it too. It need not be unique.
     custom_id: Optional[str] = None
+    #: The HTTP method of the call.
     method: str = "POST"
     #: The provider's endpoint, e.g. ``https://api.openai.com/v1/chat/completions``, as the server reaches it.
     url: str
@@ -270,7 +271,7 @@ def _get(container: Any, key: Any) -> Any:
 
 
 class BatchCost(BaseModel):
-    """What a batch cost, in the currency of the prices given."""
+    """What a batch cost, for its input and its output tokens, in the currency of the prices given."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -333,6 +334,7 @@ class Batch(_Received):
 class BatchList(_Received):
     """All batches, newest first."""
 
+    #: How many batches there are.
     total: int = 0
     batches: List[Batch] = []
 
@@ -436,8 +438,11 @@ class StatsSummary(_Received):
 class UsageStatsResponse(_Received):
     """A batch over time."""
 
+    #: How far back it goes, as asked for, e.g. ``24h``.
     time_range: str = ""
+    #: The size of a time bucket, as asked for, e.g. ``1h``.
     interval: str = ""
+    #: The end of the time range, by the server's clock.
     current_time: Optional[datetime] = None
     time_series: List[TimeSeriesDataPoint] = []
     summary: StatsSummary = Field(default_factory=StatsSummary)

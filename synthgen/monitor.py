@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections import Counter, deque
+from contextlib import suppress
 from typing import Any, Callable, Deque, List, Optional, TextIO, Tuple
 
 from .models import Batch, BatchCost, HealthResponse, TaskResponse
@@ -136,7 +137,8 @@ class PlainMonitor(Monitor):
         if stream is not None:  # None under pythonw
             batch_id = self.progress.batch_id
             lines = (f"batch {batch_id}: {line}" if batch_id else line, *more)
-            stream.write("".join(printable(line, stream.encoding) + "\n" for line in lines))
+            encoding = getattr(stream, "encoding", None)
+            stream.write("".join(printable(line, encoding) + "\n" for line in lines))
             stream.flush()
 
 
@@ -300,11 +302,11 @@ class _Guarded(Monitor):
             getattr(self._monitor, event)(*args)
         except Exception as exc:
             if not self._broken:
+                self._broken = True
                 name = f"{type(self._monitor).__name__}.{event}"
-                warnings.warn(
-                    f"{name} raised {type(exc).__name__}: {exc}; the batch goes on, unwatched", RuntimeWarning
-                )
-            self._broken = True
+                text = f"{name} raised {type(exc).__name__}: {exc}; the batch goes on, unwatched"
+                with suppress(RuntimeWarning):  # warnings may be errors, and this one must not end the batch
+                    warnings.warn(text, RuntimeWarning)
 
 
 def guard(monitor: Monitor) -> Monitor:
@@ -330,7 +332,10 @@ def new_monitor() -> PlainMonitor:
 
 def load_rich(stream: Optional[TextIO]) -> Any:
     """The module ``_rich``, where it can draw: None if the stream is no terminal or rich is not installed."""
-    terminal = stream is not None and stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    try:
+        terminal = stream is not None and stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    except (AttributeError, ValueError):  # something that only writes, or that is closed
+        terminal = False
     if not terminal and "ipykernel" not in sys.modules:
         return None
     try:

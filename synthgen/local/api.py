@@ -111,7 +111,7 @@ class API:
                 "batch_queue_consumers": 1,
                 "batch_queue_messages": 0,
             },
-            "error": f"{unstored} results can't be stored: is the disk full?" if unstored else None,
+            "error": f"{unstored} results can't be stored: is the disk full?" if unstored else self._workers.trouble(),
         }
         return json_response({"detail": health}, 503) if unstored else json_response(health)
 

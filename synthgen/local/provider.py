@@ -40,7 +40,7 @@ class CallPolicy(NamedTuple):
     backoff: float = 1.0
     longest_pause: float = 300.0
     connect_timeout: float = 10.0
-    #: For the whole answer.
+    #: For the next bytes, and for the whole answer, which is looked at every 64 KiB.
     read_timeout: float = 600.0
 
     def pause(self, tries: int, retry_after: float) -> float:
@@ -130,7 +130,9 @@ class _Sockets:
         self._lock = threading.Lock()
         self._is_open = True
 
-    def add(self, opened: socket.socket) -> None:
+    def add(self, opened: Any) -> None:
+        while not isinstance(opened, socket.socket):  # urllib3's TLS within TLS, to a proxy
+            opened = opened.socket
         with self._lock:
             self._sockets.add(opened)
         if not self._is_open:

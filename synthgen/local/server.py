@@ -22,8 +22,8 @@ __all__ = ["LocalServer"]
 class LocalServer:
     """The framework's REST API on this machine: SQLite instead of its services, threads instead of its workers.
 
-        with LocalServer() as server, server.client() as client:
-            results = client.monitor_batch(tasks)
+        >>> with LocalServer() as server, server.client() as client:
+        ...     results = client.monitor_batch(tasks)
 
     A task that was accepted survives the end of the process, and of the machine. After a restart on the
     same file every unfinished task is run; one that was being called is called once more.

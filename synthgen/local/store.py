@@ -237,6 +237,7 @@ class Store:
             task_ids = _task_ids(row["number"])
             connection.execute("DELETE FROM batches WHERE number = ?", (row["number"],))
             connection.execute("DELETE FROM tasks WHERE id >= ? AND id < ?", task_ids)
+            connection.execute("DELETE FROM uploads WHERE batch_id = ?", (batch_id,))
             self._database.wipe()
             return task_ids
 

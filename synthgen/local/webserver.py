@@ -348,8 +348,13 @@ class WebServer:
             return
         thread = threading.Thread(target=self._serve, args=(connection, address), name="synthgen-http", daemon=True)
         self.is_idle(connection)
+        try:
+            thread.start()
+        except RuntimeError as exc:  # no more threads
+            logger.warning("can't serve a connection: %s", exc)
+            self._forget(connection)
+            return
         self._threads = [thread, *(other for other in self._threads if other.is_alive())]
-        thread.start()
 
     def _serve(self, connection: socket.socket, address: Any) -> None:
         try:
@@ -357,10 +362,13 @@ class WebServer:
         except OSError as exc:  # clients come and go
             logger.debug("a connection ended: %s", exc)
         finally:
-            with self._changed:
-                del self._connections[connection]
-                self._changed.notify_all()
-            connection.close()
+            self._forget(connection)
+
+    def _forget(self, connection: socket.socket) -> None:
+        with self._changed:
+            del self._connections[connection]
+            self._changed.notify_all()
+        connection.close()
 
     def _wait_for_room(self) -> bool:
         """Wait until one more connection may be open; False when the server is closing."""

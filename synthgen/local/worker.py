@@ -68,6 +68,9 @@ class Workers:
         self._ready: Deque[_Task] = deque()
         self._waiting: List[Tuple[float, int, _Task]] = []
         self._serial = itertools.count()
+        #: Tasks whose call failed and will be made again, and why the last of them failed.
+        self._repeating: Set[int] = set()
+        self._last_error = ""
         self._unstored: Set[int] = set()
         #: By cache key: the task whose answer is waited for, and who waits.
         self._leaders: Dict[bytes, Tuple[_Task, List[_Task]]] = {}
@@ -111,6 +114,13 @@ class Workers:
             out = self._out.values()
             return {task.id: task.started_at for task in out if task.track_progress and task.started_at is not None}
 
+    def trouble(self) -> Optional[str]:
+        """How many calls wait to be made again, and why the last of them failed; None where all is well."""
+        with self._changed:
+            if not self._repeating:
+                return None
+            return f"{len(self._repeating):,} calls failed and will be made again; the last: {self._last_error}"
+
     def unstored(self) -> int:
         """How many results could not be stored yet."""
         with self._changed:
@@ -146,6 +156,9 @@ class Workers:
         if task.tries == self._policy.retries:
             return _failure(f"{outcome.error} (tried {task.tries + 1} times)", outcome.duration)
         task.tries += 1
+        with self._changed:
+            self._repeating.add(task.id)
+            self._last_error = f"{task.url}: {outcome.error}"
         self._postpone(task, self._policy.pause(task.tries, outcome.retry_after))
         return None
 
@@ -236,6 +249,7 @@ class Workers:
         self._out_of[batch] -= 1
         if not self._out_of[batch]:
             del self._out_of[batch]
+        self._repeating.discard(task.id)
         self._unstored.discard(task.id)
         if self._leaders.get(task.key, (None,))[0] is task:
             for follower in self._leaders.pop(task.key)[1]:
