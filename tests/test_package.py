@@ -1,7 +1,6 @@
 """The package as a whole: what it exports, what its import does, and what its files promise."""
 
 import configparser
-import inspect
 import json
 import os
 import re
@@ -44,24 +43,6 @@ def test_all_is_what_is_there():
 def test_every_model_and_every_error_is_exported():
     """Nobody has to know in which module it is."""
     assert set(exceptions.__all__ + models.__all__) <= set(synthgen.__all__)
-
-
-def members():
-    """The public classes and functions, and their public methods and properties."""
-    for name in synthgen.__all__:
-        value = getattr(synthgen, name)
-        if name != "__version__":
-            yield name, value
-        if inspect.isclass(value):
-            for member, attribute in vars(value).items():
-                if not member.startswith("_") and (inspect.isfunction(attribute) or isinstance(attribute, property)):
-                    yield f"{name}.{member}", attribute
-
-
-@pytest.mark.parametrize("name, value", list(members()))
-def test_every_public_name_has_a_docstring(name, value):
-    """Of its own, not one that it inherits."""
-    assert value.__doc__ and value.__doc__.strip()
 
 
 @pytest.mark.parametrize("module", ["rich", "asyncio", "sqlite3", "http.server"])
