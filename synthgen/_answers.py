@@ -29,8 +29,6 @@ WIRE_ERRORS = (requests.RequestException, HTTPError, OSError)
 _MAX_ERROR_TEXT = 64 * 1024
 #: A task's ``"api_key": "..."``, as it stands or quoted once more, in JSON or in HTML.
 _PROVIDER_KEY = re.compile(r'(api_key(?:\\*"|&quot;): *(?:\\*"|&quot;))[^"\\&]+')
-#: The name and password in a URL, such as a proxy's.
-_URL_PASSWORD = re.compile(r"//[^/@\s]*@")
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -116,8 +114,10 @@ def parse(model: Type[_Model], data: Any, what: str) -> _Model:
 
 def no_answer(error: Exception, what: str, read_timeout: float) -> ConnectionFailedError:
     """The error for a request that got no answer, in words that say what to try."""
-    reason = _URL_PASSWORD.sub("//", str(innermost(error))) or type(error).__name__
-    if timed_out(error):
+    reason = str(innermost(error)) or type(error).__name__
+    if isinstance(error, requests.exceptions.InvalidURL):  # its text may hold a proxy's password
+        reason = "the URL of the server, or of a proxy to it (HTTP_PROXY, HTTPS_PROXY), is malformed"
+    elif timed_out(error):
         reason = f"no answer within {read_timeout:g} s. What was asked for may go on; look with get_batch"
     elif isinstance(error, requests.exceptions.ProxyError):
         reason = f"the proxy failed: {reason}"

@@ -305,7 +305,8 @@ class _Guarded(Monitor):
                 self._broken = True
                 name = f"{type(self._monitor).__name__}.{event}"
                 text = f"{name} raised {type(exc).__name__}: {exc}; the batch goes on, unwatched"
-                with suppress(RuntimeWarning):  # warnings may be errors, and this one must not end the batch
+                # Warnings may be errors, and stderr closed: neither may end the batch.
+                with suppress(RuntimeWarning, ValueError):
                     warnings.warn(text, RuntimeWarning)
 
 

@@ -280,6 +280,23 @@ def test_a_cancelled_upload_names_its_batch_and_sends_no_more(run, server):
     assert len(server.requests) == 1
 
 
+def test_a_cancelled_upload_is_not_sent_again(run, server):
+    """Though its server asked for that a minute later, which the end does not wait for."""
+    server.answer("POST", UPLOADS, Answer({"detail": "later"}, 429, {"Retry-After": "60"}))
+
+    async def main():
+        async with AsyncSynthgenClient(server.url) as client:
+            call = asyncio.ensure_future(client.create_batch(tasks(1), batch_id="b"))
+            await in_thread(server.wait_for_requests, 1)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+
+    run(main())
+
+    assert len(server.requests) == 1
+
+
 def test_a_cancelled_download_closes_its_connection(run, server):
     """The thread does not read to the end what nobody wants."""
     stream = Stream()

@@ -147,7 +147,7 @@ def test_a_stream_that_breaks_is_read_again_and_each_task_given_once(server, cli
     assert sorted(received) == ["1", "2", "3", "4"] and exports(server) == 2
 
 
-@pytest.mark.parametrize("broken", [*BREAKS.values(), stream(), Answer(b""), DROP, Answer("<html>")])
+@pytest.mark.parametrize("broken", [*BREAKS.values(), stream(), Answer(b""), Answer("<html>")])
 def test_streams_that_bring_nothing_new_end_in_an_error(server, client, broken):
     """After as many repeats as were said; what was given is not lost."""
     server.answer("GET", PATH, batch(4))
@@ -159,7 +159,18 @@ def test_streams_that_bring_nothing_new_end_in_an_error(server, client, broken):
             received.append(one)
 
     assert len(set(ids(received))) == len(received) < 4
-    assert exports(server) == 1 + RETRIES if broken is not DROP else exports(server) > RETRIES
+    assert exports(server) == 1 + RETRIES
+
+
+def test_streams_that_never_begin_are_asked_for_a_bounded_number_of_times(server, client):
+    """The first with the retries of any request, then once for each repeat: together they don't multiply."""
+    server.answer("GET", PATH, batch(4))
+    server.answer("GET", EXPORT, DROP)
+
+    with pytest.raises(ConnectionFailedError, match="GET .*/batches/b/tasks/export: "):
+        list(client.iter_batch_tasks("b"))
+
+    assert exports(server) == (1 + RETRIES) + RETRIES
 
 
 def test_streams_that_bring_something_new_are_read_again_for_as_long_as_they_do(server, client):
@@ -317,6 +328,18 @@ def test_a_file_has_one_task_a_line_as_the_server_sent_it(server, client, tmp_pa
     assert os.listdir(str(tmp_path)) == ["out.jsonl"]
 
 
+def test_a_task_that_was_sent_in_many_lines_is_one_line_of_the_file(server, client, tmp_path):
+    """A server, or a proxy, may print its JSON for humans."""
+    sent = [framework_task(1), framework_task(2)]
+    server.answer("GET", PATH, batch(2))
+    server.answer("GET", EXPORT, Answer(chunks=[json.dumps({"tasks": sent, "total": 2}, indent=2).encode("ascii")]))
+
+    client.export_batch("b", tmp_path / "out.jsonl")
+
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == sent
+
+
 def test_a_file_of_a_broken_stream_has_each_task_once(server, client, tmp_path):
     """It is read again as any export."""
     server.answer("GET", PATH, batch(3))
@@ -354,6 +377,19 @@ def test_a_file_takes_the_place_of_an_old_one_also_through_a_link(server, client
 
     assert (tmp_path / "link.jsonl").is_symlink()
     assert json.loads((tmp_path / "old.jsonl").read_text())["message_id"] == "1"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_a_file_that_takes_the_place_of_an_old_one_may_be_read_by_the_same_people(server, client, tmp_path):
+    """Its mode is the old one's, whatever new files get."""
+    (tmp_path / "out.jsonl").write_text("old")
+    (tmp_path / "out.jsonl").chmod(0o640)
+    server.answer("GET", PATH, batch(1))
+    server.answer("GET", EXPORT, stream(1))
+
+    client.export_batch("b", tmp_path / "out.jsonl")
+
+    assert (tmp_path / "out.jsonl").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("path", ["missing/out.jsonl", ".", "file/out.jsonl", os.devnull])

@@ -162,11 +162,43 @@ def test_a_file_is_replaced_only_by_force(local, provider, capsys):
 
 
 def test_an_output_that_cant_be_written_is_found_out_before_anything_is_sent(local, provider, capsys):
-    """A directory that is not there is an error before the first call."""
+    """A directory that is not there is an error, which names it, before the first call."""
     assert main(["run", write_tasks(provider, "one"), "-o", "nowhere/out.jsonl"]) == 2
 
-    assert "nowhere" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: {os.path.realpath('nowhere')}: no such folder\n"
     assert provider.requests == []
+
+
+@pytest.mark.parametrize("output", ["tasks.jsonl", "link.jsonl"])
+def test_the_file_with_the_tasks_is_not_replaced_by_their_results(output, local, provider, capsys):
+    """By no name, and not by force."""
+    os.symlink(write_tasks(provider, "one"), "link.jsonl")
+    before = Path("tasks.jsonl").read_bytes()
+
+    assert main(["run", "tasks.jsonl", "-o", output, "--force"]) == 2
+
+    assert f"{output} is the file with the tasks" in capsys.readouterr().err
+    assert Path("tasks.jsonl").read_bytes() == before and provider.requests == []
+
+
+def test_force_without_a_result_leaves_the_file_as_it_was(server, provider, capsys):
+    """The server lost every task: exit 4, and the results of an earlier run are still there."""
+    services = {"task_queue_consumers": 1, "task_queue_messages": 0, "batch_queue_messages": 0}
+
+    def take(request):
+        server.answer("GET", f"/api/v1/batches/{request.query['batch_id']}", None)
+        return {"batch_id": request.query["batch_id"], "total_tasks": 1}
+
+    server.answer("GET", "/health", {"status": "healthy", "services": services})
+    server.answer("POST", "/api/v1/batches", take)
+    Path("out.jsonl").write_text("dear to me", encoding="ascii")
+    argv = ["run", write_tasks(provider, "one"), "-o", "out.jsonl", "--force", "--base-url", server.url]
+
+    assert main([*argv, "--stall-timeout", "0.1"]) == 4
+
+    assert "1 of 1 tasks never arrived" in capsys.readouterr().err
+    assert Path("out.jsonl").read_text(encoding="ascii") == "dear to me"
+    assert sorted(os.listdir()) == ["out.jsonl", "tasks.jsonl"]
 
 
 def test_what_came_of_an_incomplete_batch_is_written(server, provider, capsys):
@@ -206,6 +238,8 @@ def test_what_came_of_an_incomplete_batch_is_written(server, provider, capsys):
         (b'{"url": "http://x"}', "body"),
         (b'{"url": "http://x", "body": {"a": NaN}}', "body"),
         (b'{"url": "/v1/chat/completions", "body": {}}', "--provider"),
+        (b'{"url": "localhost:11434/v1", "body": {}}', "http://"),
+        (b'{"url": "api.provider.test/v1", "body": {}}', "http://"),
         (b"[" * 100000, "recursion"),
     ],
 )
@@ -274,6 +308,8 @@ def test_a_dash_reads_tasks_from_stdin(local, provider, capsys, monkeypatch):
         ("/api/v1/", "/v1/chat/completions", "/api/v1/chat/completions"),
         ("/api", "/v1/chat/completions", "/api/v1/chat/completions"),
         ("/v1", "/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions", "/v1/chat/completions", "/v1/chat/completions"),
+        ("/api/v1/chat/completions/", "/v1/chat/completions", "/api/v1/chat/completions"),
     ],
 )
 def test_an_openai_batch_file_is_run_at_the_provider(prefix, url, path, local, provider, monkeypatch):
@@ -353,6 +389,21 @@ def test_an_interrupted_local_run_goes_on_where_it_was(number, provider, stalled
     results = read_lines(Path("out.jsonl").read_text(encoding="ascii"))
     assert [result["custom_id"] for result in results] == ["one", "two"]
     assert sorted(os.listdir()) == ["out.jsonl", "tasks.jsonl"]
+
+
+def test_what_an_interrupted_local_run_left_is_not_mixed_into_a_new_one(provider, stalled, capsys):
+    """It would be run, and paid for, beside the new tasks: the refusal names the batch, and nothing is called."""
+    argv = ["run", write_tasks(provider, "one"), "-o", "out.jsonl", "--local"]
+    assert main([*argv, "--timeout", "0.2"]) == 4
+    batch_id = shlex.split(capsys.readouterr().err.split("to go on: ")[1].splitlines()[0])[-1]
+    calls = len(provider.requests)
+    stalled.set()
+
+    assert main(argv) == 2
+
+    error = capsys.readouterr().err
+    assert "out.jsonl.db has a batch of an earlier run" in error and f"--batch {batch_id}" in error
+    assert len(provider.requests) == calls
 
 
 def test_a_batch_can_only_be_in_a_database_that_is_there(provider, capsys):
@@ -561,6 +612,18 @@ def test_an_unreachable_server_is_one_clear_line(argv, server, capsys):
     assert out == ""
     assert err.startswith("error: ") and server.url in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("argv", [["run", "tasks.jsonl", "--batch", "typo"], ["watch", "typo"], ["stats", "typo"]])
+def test_a_batch_that_is_not_there_is_found_out_at_once(argv, server, provider, capsys):
+    """Exit 3, after one question."""
+    write_tasks(provider, "one")
+    server.answer("GET", "/api/v1/batches/typo", None)
+
+    assert main([*argv, "--base-url", server.url]) == 3
+
+    assert "typo: no such batch" in capsys.readouterr().err
+    assert len(server.requests) == 1
 
 
 def test_a_wrong_key_is_a_matter_of_configuration(local, monkeypatch, capsys):

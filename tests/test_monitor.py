@@ -1,6 +1,7 @@
 """What a user is told while waiting, in lines, and what holds for a monitor of one's own."""
 
 import io
+import subprocess
 import sys
 import warnings
 
@@ -74,6 +75,19 @@ class Broken(Recorder):
             raise RuntimeError("no paper")
 
         return fail
+
+
+class WriteOnly:
+    """The least that print() asks of a stream."""
+
+    def __init__(self):
+        self.written = ""
+
+    def write(self, text):
+        self.written += text
+
+    def flush(self):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +192,28 @@ def test_no_stderr_at_all_is_no_error(monkeypatch):
     PlainMonitor().note("nowhere")
 
 
+def test_a_stderr_that_only_writes_gets_the_lines(demo, monkeypatch):
+    """As those that hand on to a logger or a window: without isatty and encoding."""
+    client, tasks = demo
+    monkeypatch.setattr(sys, "stderr", WriteOnly())
+
+    results = client.monitor_batch(tasks)
+
+    assert [result.content for result in results] == ["x = 2"] * 3
+    assert "3 completed" in sys.stderr.written
+
+
+def test_a_stderr_that_is_closed_does_not_end_the_batch(demo, monkeypatch):
+    """Nobody is told, and the results come all the same."""
+    client, tasks = demo
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    sys.stderr.close()
+
+    results = client.monitor_batch(tasks)
+
+    assert [result.content for result in results] == ["x = 2"] * 3
+
+
 def test_a_monitor_can_watch_one_batch_after_another(written):
     """The second batch starts with counts of its own."""
     for _ in range(2):
@@ -272,6 +308,15 @@ def test_a_dumb_terminal_gets_lines(terminal_stderr, monkeypatch):
     assert type(choose_monitor(True)) is PlainMonitor
 
 
+def test_a_stderr_that_cant_say_what_it_is_gets_lines(monkeypatch):
+    """One that only writes, and one that is closed, are no terminals."""
+    closed = io.StringIO()
+    closed.close()
+    for stream in (WriteOnly(), closed):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert type(choose_monitor(True)) is PlainMonitor
+
+
 def test_without_rich_the_error_says_the_way_out(monkeypatch):
     """Asking for the drawing module itself names the extra to install."""
     _hide_rich(monkeypatch)
@@ -329,6 +374,27 @@ def test_a_monitor_that_fails_does_not_end_the_batch(demo):
     assert [result.content for result in results] == ["x = 2"] * 3
     assert len(caught) == 1
     assert [event[0] for event in broken.events] == ["health", "close"]
+
+
+def test_a_monitor_that_fails_does_not_end_the_batch_where_warnings_are_errors(demo):
+    """Nor does the warning."""
+    client, tasks = demo
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = client.monitor_batch(tasks, monitor=Broken())
+
+    assert [result.content for result in results] == ["x = 2"] * 3
+
+
+def test_a_monitor_that_fails_does_no_harm_where_the_warning_cant_be_shown():
+    """In a process of its own, since pytest keeps the warnings of this one: its stderr is closed."""
+    script = (
+        "import sys; from synthgen.monitor import guard; "
+        "sys.stderr.close(); guard(object()).note('a'); print('goes on')"
+    )
+
+    assert subprocess.check_output([sys.executable, "-c", script]).strip() == b"goes on"
 
 
 def test_an_interrupt_in_a_monitor_goes_through():

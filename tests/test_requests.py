@@ -283,6 +283,28 @@ def test_a_host_that_can_not_be_is_an_error_of_ours(client):
         client.get_batches()
 
 
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        "http://user:sk-secret@proxy.test:port",
+        "http://user:sk-secret@:80",
+        "http://user:sk-secret/x@proxy.test",
+        "http://user:x sk-secret@proxy.test:port",
+        "http://user:sk-secret#x@proxy.test",
+        "user:sk-secret@proxy.test:port",
+    ],
+)
+def test_a_malformed_proxy_is_said_to_be_so_without_its_password(server, client, monkeypatch, proxy):
+    """The environment's, which urllib3 repeats whole; a password that was not percent-encoded is a common reason."""
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+
+    with pytest.raises(ConnectionFailedError, match="a proxy to it .*is malformed") as caught:
+        client.get_batches()
+
+    assert "secret" not in caught.value.message
+    assert server.requests == []
+
+
 @pytest.mark.parametrize("retries", [0, 1])
 def test_a_timeout_says_how_long_it_was_and_that_the_work_may_go_on(server, retries):
     """Also when it was the last of several."""

@@ -7,8 +7,11 @@ import socket
 import threading
 
 import pytest
+import requests
 from builders import task, tasks
+from requests.adapters import HTTPAdapter
 from servers import DROP, Answer
+from urllib3.util import Retry
 
 from synthgen import Monitor, SynthgenClient, Task
 from synthgen.exceptions import (
@@ -323,6 +326,29 @@ def test_where_earlier_tries_may_have_been_taken_the_chunk_is_unconfirmed(server
     assert (error.unconfirmed, error.remaining) == (tasks(4)[:2], tasks(4)[2:])
 
 
+def test_with_a_plain_session_of_your_own_a_chunk_that_was_refused_remains(server):
+    """Nothing repeated it: the one try was refused."""
+    fail_after(server, 0, REFUSED["429"])
+
+    with requests.Session() as session, SynthgenClient(server.url, session=session) as client:
+        error = caught_from(client, tasks(4))
+
+    assert (error.unconfirmed, error.remaining) == ([], tasks(4))
+
+
+def test_where_the_retries_of_a_session_of_your_own_may_have_sent_a_chunk_it_is_unconfirmed(server):
+    """The refusal that is seen may not be the answer to the first try."""
+    server.answer("POST", "/api/v1/batches", Answer(None, 503), REFUSED["429"])
+    policy = Retry(1, status_forcelist=[503], allowed_methods=["POST"], respect_retry_after_header=False)
+
+    with requests.Session() as session, SynthgenClient(server.url, session=session) as client:
+        session.mount("http://", HTTPAdapter(max_retries=policy))
+        error = caught_from(client, tasks(4))
+
+    assert (error.unconfirmed, error.remaining) == (tasks(4)[:2], tasks(4)[2:])
+    assert sent(server) == [["0", "1"]] * 2
+
+
 def test_what_the_caller_is_handling_meanwhile_says_nothing_of_an_upload(server, client):
     """Going on in an ``except`` block is not mistaken for the failure that it handles."""
     fail_after(server, 0, UNKNOWN["cut short"])
@@ -459,6 +485,18 @@ def test_going_on_from_errors_sends_every_task_once(server, client, kind, answer
 
     assert taken == [str(number) for number in range(9)] and uploaded == 9
     assert {request.query["batch_id"] for request in server.requests} == {"b"}
+
+
+@pytest.mark.parametrize("kind", [list, once])
+def test_going_on_with_nothing_left_sends_nothing(server, client, kind):
+    """The last chunk is unconfirmed, so none remains: that is no mistake, as it would be for a new batch."""
+    fail_after(server, 1, DROP)
+    error = caught_from(client, kind(tasks(4)))
+
+    created = client.create_batch(error.remaining, batch_id=error.batch_id)
+
+    assert (created.batch_id, created.total_tasks) == ("b", 0)
+    assert sent(server) == [["0", "1"], ["2", "3"]]
 
 
 def test_what_remains_of_a_list_can_be_looked_at(server, client):

@@ -282,6 +282,18 @@ def test_a_chunk_ingested_twice_is_not_taken_for_two(clock, server, client, seen
     assert_answered(client.monitor_batch(tasks, chunk_size=2, monitor=seen), tasks)
 
 
+def test_results_that_are_missing_though_the_counts_add_up_are_a_note(clock, server, client, seen):
+    """It says how many, and that others are there which match no task."""
+    server.ingests = False
+    server.redelivers = True
+    clock.at(5, lambda: server.ingest(2))
+    clock.at(90, server.ingest)
+
+    client.monitor_batch(make_tasks(4), chunk_size=2, monitor=seen)
+
+    assert "2 of 4 tasks have no result yet; 2 results match no task; looking again" in seen.notes
+
+
 def test_identical_bodies_get_their_own_custom_ids(clock, server, client):
     """The export has no custom_id and no order: tasks alike are told apart one by one."""
     server.provider = lambda task: dict(echo(task), of=task["custom_id"])
@@ -423,6 +435,37 @@ def test_a_provider_that_is_waited_for_is_only_a_note(clock, server, client, see
 
     quiet = [note for note in seen.notes if note.startswith("nothing has moved")]
     assert 8 <= len(quiet) <= 10 and "provider" in quiet[0]
+
+
+def test_what_the_server_says_of_trouble_while_nothing_moves_is_one_note(clock, server, client, seen):
+    """Long before a stall: a provider that is not there should not look like a slow one."""
+    trouble = "calls that failed and will be made again: 2; the last: no connection"
+    server.runs = False
+    batch_id = upload(client, make_tasks(2))
+    health = requests.get(server.url + "/health").json()
+    server.answer("GET", "/health", dict(health, error=trouble))
+    clock.at(100, server.run)
+    noted = []
+    seen.note = lambda text: noted.append((text, clock.now))
+
+    client.monitor_batch(make_tasks(2), batch_id, monitor=seen)
+
+    ((text, when),) = noted
+    assert text == trouble and 10 <= when < 15
+
+
+def test_a_server_in_trouble_is_not_asked_about_it_while_something_moves(clock, server, client, seen):
+    """The progress says enough."""
+    server.runs = False
+    batch_id = upload(client, make_tasks(10))
+    health = requests.get(server.url + "/health").json()
+    server.answer("GET", "/health", dict(health, error="one provider of many is away"))
+    for i in range(10):
+        clock.at(5 * i, lambda: server.run(1))
+
+    client.monitor_batch(make_tasks(10), batch_id, monitor=seen)
+
+    assert seen.notes == []
 
 
 def test_queues_that_cannot_be_asked_are_not_taken_for_empty(clock, server, client, seen):
@@ -710,6 +753,18 @@ def test_coming_back_with_the_tasks_sends_nothing(clock, server, client):
     assert_answered(client.monitor_batch(tasks[::-1], batch_id, show_progress=False), tasks[::-1])
 
     assert len(asked(server, "POST")) == uploads
+
+
+def test_coming_back_to_a_batch_full_of_other_tasks_ends_at_once(clock, server, client):
+    """It is as large as it should be, and no result is of these tasks: time will not change that."""
+    batch_id = upload(client, [task(f"another {i}") for i in range(2)])
+
+    with pytest.raises(BatchIncompleteError, match="are these the tasks of that batch") as caught:
+        client.monitor_batch(make_tasks(2), batch_id, show_progress=False)
+
+    assert "2 results match no task" in str(caught.value)
+    assert len(caught.value.missing) == 2 and caught.value.results == []
+    assert clock.now < 1
 
 
 def test_a_batch_id_alone_gives_the_results_as_they_come(clock, server, client):

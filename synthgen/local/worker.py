@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Counter as CounterType
 from typing import Deque, Dict, List, Optional, Set, Tuple
+from urllib.parse import urlsplit
 
 from .provider import CallPolicy, Provider
 from .store import Result, Store, batch_number, now
@@ -119,7 +120,7 @@ class Workers:
         with self._changed:
             if not self._repeating:
                 return None
-            return f"{len(self._repeating):,} calls failed and will be made again; the last: {self._last_error}"
+            return f"calls that failed and will be made again: {len(self._repeating):,}; the last: {self._last_error}"
 
     def unstored(self) -> int:
         """How many results could not be stored yet."""
@@ -158,7 +159,8 @@ class Workers:
         task.tries += 1
         with self._changed:
             self._repeating.add(task.id)
-            self._last_error = f"{task.url}: {outcome.error}"
+            host = urlsplit(task.url).netloc.rpartition("@")[2]  # the rest of a URL may hold a key
+            self._last_error = f"{host}: {outcome.error}"
         self._postpone(task, self._policy.pause(task.tries, outcome.retry_after))
         return None
 

@@ -404,6 +404,15 @@ def test_another_upload_under_the_same_key_is_refused(api, task):
     assert api.get("/api/v1/batches")["total"] == 1
 
 
+def test_the_key_of_an_upload_to_a_deleted_batch_may_be_used_again(api, task):
+    """Nothing of the batch is left that it could repeat."""
+    api.submit(task("one"), key="k", batch_id="b")
+    api.ask("DELETE", "/api/v1/batches/b")
+
+    assert api.submit(task("two"), task("three"), key="k", batch_id="b") == "b"
+    assert api.wait("b")["total_tasks"] == 2
+
+
 def test_an_upload_repeated_at_the_same_time_is_taken_once(api, model, task):
     """Whichever comes first, all get the same answer."""
     content = "\n".join(json.dumps(task(f"{number}", use_cache=False)) for number in range(20))

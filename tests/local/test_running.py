@@ -187,6 +187,24 @@ def test_a_provider_that_is_not_there_is_tried_again_and_then_given_up(serve, ta
     assert "(tried 11 times)" in result["completions"]["error"]
 
 
+def test_health_tells_of_calls_that_are_being_repeated(api, model, task):
+    """How many and why, but no key, since it needs none; and nothing of it when they have worked."""
+    hold = threading.Event()
+    model.answers(Answer({"error": "no provider-key here"}, 500), Answer(GOOD, hold=hold), GOOD)
+    batch_id = api.submit(task(url=model.url + "?key=secret"))
+    model.wait_for_requests(2)
+    meanwhile = api.get("/health")
+    hold.set()
+    api.wait(batch_id)
+    api.run(task("another"))  # what was stored before it is done with
+
+    assert meanwhile["status"] == "healthy"
+    assert meanwhile["error"].startswith("calls that failed and will be made again: 1; the last: 127.0.0.1:")
+    assert "Server error (500" in meanwhile["error"]
+    assert "provider-key" not in meanwhile["error"] and "secret" not in meanwhile["error"]
+    assert api.get("/health")["error"] is None
+
+
 def test_a_provider_that_always_fails_is_given_up(api, model, task):
     """After ten retries the task fails with the provider's words."""
     model.answers(Answer({"error": "oops"}, 500))

@@ -185,6 +185,21 @@ def test_idle_connections_give_way_to_new_ones(api, monkeypatch):
             assert status(connection.recv(1 << 16)) == 200
 
 
+def test_a_connection_that_gets_no_thread_is_closed_and_the_next_one_served(api, monkeypatch):
+    """The system may be out of threads for a while; the server goes on listening."""
+    refusals, start = [RuntimeError("can't start new thread")], threading.Thread.start
+
+    def start_or_refuse(thread):
+        if refusals:
+            raise refusals.pop()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_refuse)
+
+    assert exchange(api, request(api, "GET /token HTTP/1.1")) == b""
+    assert status(exchange(api, request(api, "GET /token HTTP/1.1"))) == 200
+
+
 def test_a_failure_while_answering_is_a_500_without_details(api, caplog):
     """The client is told nothing of it, the log where it was, and neither what the request held."""
     api.server._store.close()
