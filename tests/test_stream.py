@@ -62,18 +62,19 @@ def test_any_tasks_cut_into_any_reads_come_out_whole(export, sizes):
 
     assert same([value for value, _ in received], expected)
     assert same([json.loads(text) for _, text in received], expected)
+    assert same([value for value, _ in iter_tasks(cut(data, sizes), with_text=False)], expected)
 
 
-@given(exports(), st.data())
+@given(exports(), st.data(), st.booleans())
 @settings(max_examples=50)
-def test_an_export_that_ends_anywhere_gives_no_wrong_task(export, data):
+def test_an_export_that_ends_anywhere_gives_no_wrong_task(export, data, with_text):
     """It is an error, or it gives the first of the tasks: how many there should be is for the counts to say."""
     whole, expected = export
     end = data.draw(st.integers(0, len(whole)))
     received = []
 
     try:
-        for value, _ in iter_tasks(cut(whole[:end], [7])):
+        for value, _ in iter_tasks(cut(whole[:end], [7]), with_text):
             received.append(value)
     except EOFError:
         pass
@@ -129,6 +130,17 @@ def test_an_end_within_a_line_is_a_cut(data):
 def test_an_export_without_tasks_has_none(data):
     """Also one without a byte: the batch's counts say whether that is right."""
     assert list(iter_tasks([data] if data else [])) == []
+
+
+@pytest.mark.parametrize("size", [1, 10, 100, 1000, 100_000])
+def test_tasks_that_look_like_the_end_of_another_come_out_whole(size):
+    """Decoded several at a time: a task within a task, in a text, at the end of a line, and beside what is no task."""
+    inner = {"message_id": "m", "n": 1}
+    tasks = [inner, {"message_id": "m", "in": [inner, inner]}, inner, {"message_id": json.dumps([inner] * 2)}] * 3
+    others = [inner, 1, 12, 123, inner]
+    lines = export_line(tasks) + export_line(others) + export_line(tasks)
+
+    assert [value for value, _ in iter_tasks(cut(lines, [size]), with_text=False)] == [*tasks, *others, *tasks]
 
 
 def test_a_task_is_given_before_the_next_read():
