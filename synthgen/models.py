@@ -128,7 +128,7 @@ class Task(BaseModel):
     @classmethod
     def _is_json(cls, value: Any) -> Any:
         try:
-            _to_text(value).encode("utf-8")
+            (value if isinstance(value, str) else _to_text(value)).encode("utf-8")
         except (TypeError, ValueError, RecursionError) as exc:
             raise ValueError(f"can't be sent as JSON: {exc}") from None
         return value

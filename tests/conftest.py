@@ -1,6 +1,7 @@
 """What holds for every test: nothing of the machine's own settings, and a server that answers as told."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,14 @@ settings.load_profile("repeatable")
 _OF_THE_MACHINE = {
     "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NETRC",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ctrl_c_works():
+    """It is ignored in a background job, and in whatever that starts, until someone says otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

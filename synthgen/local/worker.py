@@ -160,7 +160,8 @@ class Workers:
         with self._changed:
             self._repeating.add(task.id)
             host = urlsplit(task.url).netloc.rpartition("@")[2]  # the rest of a URL may hold a key
-            self._last_error = f"{host}: {outcome.error}"
+            status, is_answer, _ = outcome.error.partition("): ")  # what the provider said may hold the prompt
+            self._last_error = f"{host}: {status}" + (")" if is_answer else "")
         self._postpone(task, self._policy.pause(task.tries, outcome.retry_after))
         return None
 

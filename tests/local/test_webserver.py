@@ -34,7 +34,7 @@ def exchange(api, data, finish=True):
                 answer += received
                 if not received:
                     return answer
-        except ConnectionError:
+        except OSError:  # it was closed before all was sent
             return b""
 
 
