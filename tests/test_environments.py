@@ -19,6 +19,8 @@ from servers import DEADLINE, Answer, CannedServer
 from synthgen import ConnectionFailedError, SynthgenClient, Task
 from synthgen.local import DemoProvider, LocalServer
 
+pytestmark = pytest.mark.slow
+
 NOBODY = "http://127.0.0.1:9"
 HEALTHY = {"status": "healthy"}
 

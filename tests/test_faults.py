@@ -20,6 +20,8 @@ from synthgen import Monitor, SynthgenClient
 from synthgen.exceptions import BatchUploadError, NotFoundError
 from synthgen.local import LocalServer
 
+pytestmark = pytest.mark.slow
+
 PATH = "/v1/chat/completions"
 SERVE = """
 import sys
@@ -98,8 +100,8 @@ def inject_the_rest(proxy, client, batch_id):
 
 
 def some_seeds(*more):
-    """Two seeds in every run, the others only where there is time."""
-    return pytest.mark.parametrize("seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in more)])
+    """Two, and more where they are cheap."""
+    return pytest.mark.parametrize("seed", [1, 2, *more])
 
 
 @pytest.mark.parametrize("serving", [framework, local_server])
@@ -155,7 +157,6 @@ def total_tasks(client, batch_id):
 NOBODY = "http://127.0.0.1:1"
 
 
-@pytest.mark.slow
 def test_a_server_killed_in_the_middle_gives_every_result(tmp_path):
     """After kill -9 and a restart on its file, at worst the calls that were going on are made once more, each time."""
     calls = Counter()

@@ -17,6 +17,8 @@ from synthgen import Task, __version__
 from synthgen.__main__ import main
 from synthgen.local import LocalServer
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = ["demo", "run", "serve", "watch", "export", "stats", "batches", "health", "delete"]
 CHAT = "/v1/chat/completions"
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from servers import Answer
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(__file__).parent.parent / "synthgen"
 
 #: What may be deleted from a copy; see the README.

@@ -27,6 +27,8 @@ from synthgen.exceptions import (
 )
 from synthgen.models import TaskStatus
 
+pytestmark = pytest.mark.slow
+
 BAD_GATEWAY_PAGE = Answer("<html>502 Bad Gateway</html>", status=502)
 
 

@@ -20,6 +20,8 @@ from servers import DEADLINE, Answer
 from synthgen.exceptions import ConfigurationError
 from synthgen.local import LocalServer
 
+pytestmark = pytest.mark.slow
+
 SERVE = """
 import sys
 from synthgen.local import LocalServer
@@ -76,7 +78,6 @@ def upload_until_killed(url, chunks, confirmed):
                 confirmed.append(number)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_after_kill_9_every_task_ends_once(serve, model, task, database, seed):
     """No task is lost or there twice, none is called more than once after the kill, and the counters are right."""
