@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 _MAX_GROUP = 1000
 #: While a reader keeps deleted data from being wiped off the disk, seconds until the next try.
-_WIPE_RETRY = 0.5
+_WIPE_RETRY = 0.1
+#: The longest that an answer is held back for that.
+_WIPE_WAIT = 5.0
 
 #: What is to be written: runs in the writing thread, in a transaction, perhaps more than once.
 Operation = Callable[[sqlite3.Connection], Any]
@@ -101,8 +103,8 @@ class Database:
         self._wiped.clear()
 
     def wait_until_wiped(self) -> None:
-        """Wait until nothing deleted is left on the disk, or not much longer if a reader stands in the way."""
-        self._wiped.wait(_WIPE_RETRY)
+        """Wait until nothing deleted is left on the disk, or for so long if a reader stands in the way."""
+        self._wiped.wait(_WIPE_WAIT)
 
     # Opening.
 
