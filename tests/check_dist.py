@@ -33,7 +33,7 @@ def run_the_tests(sdist: Path, folder: str) -> None:
     with tarfile.open(str(sdist)) as archive:
         archive.extractall(folder)
     (unpacked,) = Path(folder).iterdir()
-    run(unpacked, sys.executable, "-m", "pytest", "-n", "4", "-m", "not slow")
+    run(unpacked, sys.executable, "-m", "pytest", "-n", "4", "--dist", "worksteal", "-m", "not slow and not hypothesis")
 
 
 def run(folder: object, *command: object) -> None:

@@ -170,6 +170,7 @@ def test_a_batch_is_run_and_its_results_are_in_order(run):
 # ------------------------------------------------------------------------------ many at once
 
 
+@pytest.mark.slow
 def test_a_thousand_calls_at_once(run, framework):
     """All are answered, by a few threads."""
 

@@ -188,6 +188,7 @@ def test_a_netrc_file_replaces_the_key_in_no_request(monkeypatch, tmp_path, serv
     assert {request.headers["Authorization"] for request in provider.requests} == {f"Bearer {PROVIDERS}"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call, prefix",
     [

@@ -124,6 +124,7 @@ def test_an_upload_is_a_jsonl_file(server, client):
     assert server.requests[0].headers["Content-Type"].startswith("multipart/form-data")
 
 
+@pytest.mark.slow
 def test_a_chunk_is_cut_at_8_mib_and_a_larger_task_goes_alone(server, client):
     """Whatever the number of tasks allowed."""
     given = [task("a", source={"pad": "x" * size}) for size in (3 * MIB, 3 * MIB, 3 * MIB, 10, 9 * MIB, 10, 10)]

@@ -347,6 +347,7 @@ def test_a_small_batch_does_not_wait_for_a_large_one(serve, model, task):
     assert api.batch(large)["pending_tasks"] > 0
 
 
+@pytest.mark.slow
 def test_twenty_threads_submit_and_poll(api, model, task):
     """No request fails, each custom_id is there once, and the counters equal the rows."""
     results = {}
