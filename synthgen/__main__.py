@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Opti
 from pydantic import BaseModel, ValidationError
 
 from . import __version__
+from ._progress import health_rows, money, printable
 from .client import SynthgenClient, replacing
 from .exceptions import (
     AuthenticationError,
@@ -31,7 +32,7 @@ from .exceptions import (
     SynthgenError,
 )
 from .models import BatchCost, HealthStatus, Task, TaskResponse, TaskStatus
-from .monitor import health_rows, load_rich, money, new_monitor, printable
+from .monitor import load_rich, new_monitor
 
 __all__ = ["main"]
 

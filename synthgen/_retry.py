@@ -20,6 +20,7 @@ from urllib3.util.retry import Retry
 from .exceptions import ConfigurationError
 
 __all__ = [
+    "LONGEST_RETRY_AFTER",
     "backoff_time",
     "innermost",
     "may_have_arrived",
@@ -30,7 +31,8 @@ __all__ = [
     "timed_out",
 ]
 
-_LONGEST_RETRY_AFTER = 60.0
+#: What the server may ask us to wait before a repeat, in seconds.
+LONGEST_RETRY_AFTER = 60.0
 _LONGEST_BACKOFF = 120.0
 
 #: How the request that is being made pauses before a repeat: urllib3 knows of no other way to end that early.
@@ -46,7 +48,7 @@ class RetryPolicy(Retry):
 
     def increment(self, method: Any = None, url: Any = None, response: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Give up when the server asks to wait for longer than a minute."""
-        if response is not None and (self.get_retry_after(response) or 0.0) > _LONGEST_RETRY_AFTER:
+        if response is not None and (self.get_retry_after(response) or 0.0) > LONGEST_RETRY_AFTER:
             raise MaxRetryError(kwargs.get("_pool"), url, ResponseError("asked to wait too long"))  # type: ignore[arg-type]
         return super().increment(method, url, response, *args, **kwargs)
 

@@ -9,9 +9,10 @@ import time
 from importlib.util import find_spec
 from typing import Callable, Iterable, List, Optional, Sequence, TextIO
 
+from ._progress import health_rows, printable
 from .exceptions import MissingDependencyError
 from .models import Batch, BatchCost, HealthResponse, TimeSeriesDataPoint
-from .monitor import PlainMonitor, health_rows, printable
+from .monitor import PlainMonitor
 
 try:
     from rich import box

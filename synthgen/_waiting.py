@@ -7,6 +7,8 @@ may have nobody to run the rest. The network is reached through the two function
 import time
 from typing import Callable, Optional, Tuple
 
+from ._progress import plural
+from ._retry import LONGEST_RETRY_AFTER
 from .exceptions import (
     APIError,
     BatchStalledError,
@@ -18,7 +20,7 @@ from .exceptions import (
     ServerError,
 )
 from .models import Batch, BatchCost, HealthResponse, HealthStatus
-from .monitor import Monitor, plural
+from .monitor import Monitor
 
 __all__ = ["AWAY_ERRORS", "BatchWait", "describe_queues"]
 
@@ -31,8 +33,6 @@ _SETTLED_AFTER = 6.0
 #: How long one poll waits for bytes; less before a deadline, but the last one, too, needs time for an answer.
 _LONGEST_POLL = 30.0
 _SHORTEST_POLL = 1.0
-#: The longest Retry-After obeyed between polls.
-_LONGEST_RETRY_AFTER = 60.0
 #: After these the server is away, and may be back at the next poll.
 AWAY_ERRORS = (ConnectionFailedError, InvalidResponseError, RateLimitError, ServerError)
 
@@ -151,7 +151,7 @@ class BatchWait:
 
     def _went_away(self, exc: APIError) -> None:
         if isinstance(exc, RateLimitError):
-            self._retry_after = min(exc.retry_after or 0.0, _LONGEST_RETRY_AFTER)
+            self._retry_after = min(exc.retry_after or 0.0, LONGEST_RETRY_AFTER)
         if self._away_since is None:
             self._away_since = time.monotonic()
             self._monitor.note(f"server away since {time.strftime('%H:%M:%S')}, still trying: {exc}")

@@ -1,28 +1,24 @@
 """What a user sees while waiting.
 
 `Monitor` is the interface, and silent; `PlainMonitor` writes lines, for logs; ``_rich.RichMonitor`` draws.
-All of it goes to stderr: stdout belongs to the script. What both say, and how they write a number, is here.
-Times are in seconds.
+All of it goes to stderr: stdout belongs to the script.
 """
 
 import os
 import sys
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from contextlib import suppress
-from typing import Any, Callable, Deque, List, Optional, TextIO, Tuple
+from typing import Any, Callable, List, Optional, TextIO
 
+from ._progress import Progress, health_rows, printable
 from .models import Batch, BatchCost, HealthResponse, TaskResponse
 
-__all__ = ["Monitor", "PlainMonitor", "choose_monitor", "guard"]
+__all__ = ["Monitor", "PlainMonitor", "choose_monitor", "guard", "load_rich", "new_monitor"]
 
 #: `PlainMonitor` writes at most one line in this time, except at the start and the end of something.
 _LINE_INTERVAL = 10.0
-#: Speed is measured over this many polls: four minutes at the client's usual interval.
-_SAMPLES = 120
-_FAILURES_SHOWN = 3
-_FAILURE_LENGTH = 120
 
 
 class Monitor:
@@ -142,130 +138,6 @@ class PlainMonitor(Monitor):
             stream.flush()
 
 
-class Progress:
-    """What is known of a batch, and what follows from it, in words that are the same for every monitor."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._started = clock()
-        self._samples: Deque[Tuple[float, int, int]] = deque(maxlen=_SAMPLES)  # time, finished tasks, tokens
-        self.batch_id = ""
-        self.uploaded = 0
-        self.chunks = 0
-        self.to_upload: Optional[int] = None
-        self.batch: Optional[Batch] = None
-        self.submitted = 0
-        self.cost = BatchCost()
-        self.received = 0
-        self.to_receive: Optional[int] = None
-        self.failures: Counter[str] = Counter()
-        self.notes: List[str] = []
-
-    def upload(self, batch_id: str, uploaded: int, total: Optional[int]) -> None:
-        self.chunks = self.chunks + 1 if uploaded else 0
-        self.batch_id, self.uploaded, self.to_upload = batch_id, uploaded, total
-
-    def poll(self, batch: Optional[Batch], submitted: int, cost: BatchCost) -> None:
-        self.batch, self.submitted, self.cost = batch, submitted, cost
-        self.batch_id = batch.batch_id if batch else self.batch_id
-        self._samples.append((self._clock(), self.finished, batch.total_tokens if batch else 0))
-
-    @property
-    def elapsed(self) -> float:
-        return self._clock() - self._started
-
-    @property
-    def finished(self) -> int:
-        return self.batch.finished_tasks if self.batch else 0
-
-    @property
-    def total(self) -> int:
-        return max(self.submitted, self.batch.total_tasks if self.batch else 0)
-
-    def uploaded_text(self) -> str:
-        chunks = f" in {plural(self.chunks, 'chunk')}" if self.chunks else ""
-        return f"{_share(self.uploaded, self.to_upload)} tasks uploaded{chunks}"
-
-    def received_text(self) -> str:
-        return f"{_share(self.received, self.to_receive)} results received"
-
-    def done_text(self) -> str:
-        return f"{_share(self.finished, self.total)} done"
-
-    def counts(self) -> List[str]:
-        """Each state with its number of tasks; what the server has yet to ingest is pending."""
-        batch = self.batch or Batch(batch_id="", batch_status="")
-        pending = max(0, self.total - self.finished - batch.processing_tasks)
-        return [
-            f"{batch.completed_tasks:,} completed",
-            f"{batch.cached_tasks:,} cached",
-            f"{batch.failed_tasks:,} failed",
-            f"{batch.processing_tasks:,} processing",
-            f"{pending:,} pending",
-        ]
-
-    def tokens(self) -> List[str]:
-        if self.batch is None:
-            return []
-        parts = [f"{self.batch.prompt_tokens:,} tokens in", f"{self.batch.completion_tokens:,} tokens out"]
-        speed = self._per_second(2)
-        return parts + [f"{speed:,.0f} tokens/s"] if speed else parts
-
-    def costs(self) -> List[str]:
-        """The cost so far, and the one to be expected if no further task is cached; empty without prices."""
-        if not self.cost.total or self.batch is None:
-            return []
-        parts = [f"cost {money(self.cost.total)} so far"]
-        paid = self.finished - self.batch.cached_tasks
-        remaining = self.total - self.finished
-        if paid and remaining > 0:
-            parts.append(f"about {money(self.cost.total * (paid + remaining) / paid)} at the end")
-        return parts
-
-    def times(self) -> List[str]:
-        parts = [f"{duration(self.elapsed)} elapsed"]
-        speed = self._per_second(1)
-        if speed and self.total > self.finished:
-            parts.append(f"about {duration((self.total - self.finished) / speed)} left")
-        return parts
-
-    def summary(self) -> List[Tuple[str, str]]:
-        """The end of the batch, as labels and texts; a label may be empty: the text then goes with the one above."""
-        batch = self.batch
-        if batch is None:
-            return []
-        taken = self.elapsed if self.uploaded or batch.duration is None else batch.duration
-        rows = [
-            ("tasks", f"{self.total:,}: {', '.join(self.counts()[:3])}"),
-            ("duration", duration(taken)),
-            ("tokens", f"{batch.prompt_tokens:,} in, {batch.completion_tokens:,} out"),
-        ]
-        if self.cost.total:
-            rows.append(
-                ("cost", f"{money(self.cost.total)} ({money(self.cost.input)} in, {money(self.cost.output)} out)")
-            )
-        if batch.cached_tasks:
-            rows.append(("cache", f"saved {plural(batch.cached_tasks, 'call')}"))
-        return rows + self._failure_rows()
-
-    def _failure_rows(self) -> List[Tuple[str, str]]:
-        texts = [
-            f"{count:,} x {shorten(error, _FAILURE_LENGTH)}"
-            for error, count in self.failures.most_common(_FAILURES_SHOWN)
-        ]
-        more = len(self.failures) - len(texts)
-        if more:
-            texts.append(f"and {plural(more, 'other kind')}")
-        return [("" if i else "failures", text) for i, text in enumerate(texts)]
-
-    def _per_second(self, column: int) -> float:
-        """How fast a column of the samples grows; 0 where that can't be told yet."""
-        if not self._samples:
-            return 0.0
-        first, last = self._samples[0], self._samples[-1]
-        return (last[column] - first[column]) / (last[0] - first[0]) if last[0] > first[0] else 0.0
-
-
 class _Guarded(Monitor):
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
@@ -344,57 +216,3 @@ def load_rich(stream: Optional[TextIO]) -> Any:
     except ImportError:  # of rich, or of a _rich.py that a vendored copy goes without
         return None
     return _rich
-
-
-# ---------------------------------------------------------------------------------------------- words
-
-
-def health_rows(health: HealthResponse) -> List[Tuple[str, str]]:
-    """Each service with its state, each queue with who serves it and what waits in it."""
-    services = health.services
-    states = (("api", services.api), ("rabbitmq", services.rabbitmq), ("elasticsearch", services.elasticsearch))
-    rows = [(name, str(state)) for name, state in states if state is not None]
-    for name, consumers, messages in (
-        ("task queue", services.task_queue_consumers, services.task_queue_messages),
-        ("batch queue", services.batch_queue_consumers, services.batch_queue_messages),
-    ):
-        if consumers is not None:
-            rows.append((name, f"{plural(consumers, 'consumer')}, {messages or 0:,} waiting"))
-    return rows + [("error", health.error)] if health.error else rows
-
-
-def printable(text: str, encoding: Optional[str] = None) -> str:
-    """Text that a terminal shows and does not obey: on one line, without escape sequences, in its encoding."""
-    text = "".join(char if char.isprintable() else " " for char in text)
-    encoding = encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def shorten(text: str, length: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 3] + "..."
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-
-
-def money(amount: float) -> str:
-    """An amount, in no currency: the prices have none; the smaller, the more decimals."""
-    decimals = 2 if amount >= 1 else 4 if amount >= 0.01 else 6
-    return f"{amount:,.{decimals}f}"
-
-
-def _share(part: int, whole: Optional[int]) -> str:
-    return f"{part:,}" if whole is None else f"{part:,} of {whole:,}"

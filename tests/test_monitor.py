@@ -9,9 +9,10 @@ import pytest
 from story import BATCH_ID, FRAMES, PRICES, Clock, batch, failure, health, plain_frames, poll
 
 from synthgen import MissingDependencyError, Monitor, Task
+from synthgen._progress import duration, money, printable
 from synthgen.local import DemoProvider, LocalServer
 from synthgen.models import Batch, BatchCost, HealthResponse
-from synthgen.monitor import PlainMonitor, choose_monitor, duration, guard, money, printable
+from synthgen.monitor import PlainMonitor, choose_monitor, guard
 
 
 class Written:
