@@ -602,8 +602,9 @@ def test_wrong_usage_is_exit_2(argv, capsys):
 
 
 @pytest.mark.parametrize("argv", [["health"], ["batches"], ["watch", "b"], ["stats", "b"], ["delete", "b"]])
-def test_an_unreachable_server_is_one_clear_line(argv, server, capsys):
+def test_an_unreachable_server_is_one_clear_line(argv, server, capsys, monkeypatch):
     """Exit 3, no traceback, nothing on stdout."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     server.close()
 
     config = Path("config.json")

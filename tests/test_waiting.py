@@ -377,7 +377,7 @@ def test_an_upload_in_a_queue_that_is_consumed_is_no_stall(clock, server, client
     server.ingests = False
     clock.at(2000, server.ingest)
 
-    assert_answered(client.monitor_batch(make_tasks(2), monitor=seen), make_tasks(2))
+    assert_answered(client.monitor_batch(make_tasks(2), poll_interval=10, monitor=seen), make_tasks(2))
 
     assert any("batch queue: 1 message, 1 consumer" in note for note in seen.notes)
 
@@ -422,7 +422,7 @@ def test_a_moving_counter_sets_the_stall_clock_back(clock, server, client):
     for i in range(10):
         clock.at(250 * i, lambda: server.run(1))
 
-    assert_answered(client.monitor_batch(make_tasks(10), show_progress=False), make_tasks(10))
+    assert_answered(client.monitor_batch(make_tasks(10), poll_interval=10, show_progress=False), make_tasks(10))
 
     assert clock.now > 2000
 
@@ -433,7 +433,7 @@ def test_a_provider_that_is_waited_for_is_only_a_note(clock, server, client, see
     clock.at(10, server.start)
     clock.at(3000, server.run)
 
-    assert_answered(client.monitor_batch(make_tasks(2), monitor=seen), make_tasks(2))
+    assert_answered(client.monitor_batch(make_tasks(2), poll_interval=10, monitor=seen), make_tasks(2))
 
     quiet = [note for note in seen.notes if note.startswith("nothing has moved")]
     assert 8 <= len(quiet) <= 10 and "provider" in quiet[0]
@@ -477,7 +477,7 @@ def test_queues_that_cannot_be_asked_are_not_taken_for_empty(clock, server, clie
     clock.at(1000, server.down.clear)
     clock.at(1001, server.ingest)
 
-    assert_answered(client.monitor_batch(make_tasks(2), monitor=seen), make_tasks(2))
+    assert_answered(client.monitor_batch(make_tasks(2), poll_interval=10, monitor=seen), make_tasks(2))
 
     assert any("RabbitMQ" in note for note in seen.notes)
 
@@ -489,7 +489,7 @@ def test_a_health_that_is_not_told_is_no_reason_to_call_the_server_away(clock, s
     clock.at(100, lambda: server.answer("GET", "/health", BAD_GATEWAY_PAGE))
     clock.at(1000, server.run)
 
-    assert_answered(client.monitor_batch(make_tasks(2), batch_id, monitor=seen), make_tasks(2))
+    assert_answered(client.monitor_batch(make_tasks(2), batch_id, poll_interval=10, monitor=seen), make_tasks(2))
 
     assert len(seen.notes) == 3 and all("does not tell its health" in note for note in seen.notes)
 
@@ -646,7 +646,7 @@ def test_the_time_that_a_server_is_away_is_no_stall(clock, server, client):
     clock.at(1000, lambda: setattr(server, "away", None))
     clock.at(1250, server.run)
 
-    assert_answered(client.monitor_batch(make_tasks(2), show_progress=False), make_tasks(2))
+    assert_answered(client.monitor_batch(make_tasks(2), poll_interval=10, show_progress=False), make_tasks(2))
 
 
 def test_a_server_that_stays_away_ends_with_the_timeout(clock, server, client):
