@@ -22,10 +22,9 @@ def main(directory: str) -> None:
 
 def run_the_demo(wheel: Path, folder: str) -> None:
     """From a fresh environment, with nothing but what the wheel itself requires."""
-    venv.create(folder, with_pip=True)
-    programs = Path(folder, "Scripts" if sys.platform == "win32" else "bin")
-    run(folder, programs / "pip", "install", "--quiet", wheel.resolve())
-    run(folder, programs / "synthgen", "demo")
+    venv.create(folder)
+    run(folder, sys.executable, "-m", "pip", "--python", folder, "install", "--quiet", wheel.resolve())
+    run(folder, Path(folder, "Scripts" if sys.platform == "win32" else "bin", "synthgen"), "demo")
 
 
 def run_the_tests(sdist: Path, folder: str) -> None:
