@@ -11,10 +11,11 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Sized
 from contextlib import closing, contextmanager
 from http.cookiejar import DefaultCookiePolicy
 from itertools import count
-from typing import Any, Dict, Generator, Iterable, Iterator, List, NoReturn, Optional, Set, Sized, Tuple, TypeVar, Union
+from typing import Any, Dict, Generator, Iterable, Iterator, List, NoReturn, Optional, Set, Tuple, Type, TypeVar, Union
 from urllib.parse import quote
 
 import requests
@@ -69,6 +70,7 @@ _READ_BYTES = 64 * 1024
 _IDLE_CONNECTIONS = 64  # kept for so many threads
 
 _Item = TypeVar("_Item")
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class SynthgenClient:
@@ -144,15 +146,13 @@ class SynthgenClient:
 
     def check_health(self) -> HealthResponse:
         """The state of the server and of what it stands on; also when that is unhealthy. Never repeated."""
-        what = self._name("GET", "/health")
         try:
-            data = self._request("GET", "/health", retries=0, read_timeout=_HEALTH_TIMEOUT)
+            return self._get(HealthResponse, "/health", retries=0, read_timeout=_HEALTH_TIMEOUT)
         except ServerError as exc:  # 503, with the same object under `detail`
             try:
                 return HealthResponse.model_validate(exc.response.json()["detail"] if exc.response else None)
             except (ValueError, KeyError, TypeError):  # a proxy's own 503
                 raise exc from None
-        return parse(HealthResponse, data, what)
 
     def create_batch(
         self,
@@ -251,7 +251,7 @@ class SynthgenClient:
             if submit and todo is not None:
                 self._create_batch(todo, chunk_size, batch_id, None, told)
             wait = BatchWait(
-                lambda read_timeout: self._get_batch(batch_id, retries=0, read_timeout=read_timeout),
+                lambda read_timeout: self._get_batch(_batch_path(batch_id), retries=0, read_timeout=read_timeout),
                 self.check_health,
                 self._sleep,
                 told,
@@ -274,7 +274,7 @@ class SynthgenClient:
 
     def get_batches(self) -> BatchList:
         """All batches, newest first."""
-        return parse(BatchList, self._request("GET", _BATCHES), self._name("GET", _BATCHES))
+        return self._get(BatchList, _BATCHES)
 
     def get_batch(self, batch_id: str) -> Batch:
         """A batch's state and counters.
@@ -282,7 +282,7 @@ class SynthgenClient:
         Raises:
             NotFoundError: There is no such batch, or the server has not ingested any of it yet.
         """
-        return self._get_batch(batch_id)
+        return self._get_batch(_batch_path(batch_id))
 
     def iter_batch_tasks(
         self, batch_id: str, task_status: Optional[Union[TaskStatus, str]] = None
@@ -353,9 +353,8 @@ class SynthgenClient:
             time_range: How far back: a number and ``m`` (up to 1440), ``h`` (up to 720) or ``d`` (up to 365).
             interval: The size of a bucket, e.g. ``"1h"``.
         """
-        path = f"{_batch_path(batch_id)}/stats"
-        data = self._request("GET", path, params={"time_range": time_range, "interval": str(interval)})
-        return parse(UsageStatsResponse, data, self._name("GET", path))
+        params = {"time_range": time_range, "interval": str(interval)}
+        return self._get(UsageStatsResponse, f"{_batch_path(batch_id)}/stats", params=params)
 
     def delete_batch(self, batch_id: str) -> None:
         """Delete a batch and its tasks; one that does not exist is no error.
@@ -374,11 +373,7 @@ class SynthgenClient:
             NotFoundError: There is no such task.
         """
         path = f"{_TASKS}/{_quoted(message_id, 'message id')}"
-        what = self._name("GET", path)
-        data = self._request("GET", path)
-        if data is None:
-            raise NotFoundError(f"{what}: no such task (was it deleted?)", status_code=404)
-        return parse(TaskResponse, data, what)
+        return self._get(TaskResponse, path, null="no such task (was it deleted?)")
 
     def delete_task(self, message_id: str) -> None:
         """Delete a task.
@@ -390,8 +385,7 @@ class SynthgenClient:
 
     def get_task_stats(self) -> TaskStatsResponse:
         """Counters over all tasks of the server."""
-        path = f"{_TASKS}/stats"
-        return parse(TaskStatsResponse, self._request("GET", path), self._name("GET", path))
+        return self._get(TaskStatsResponse, f"{_TASKS}/stats")
 
     # Uploads.
 
@@ -536,7 +530,7 @@ class SynthgenClient:
         self, batch_path: str, task_status: Optional[Union[TaskStatus, str]], with_text: bool
     ) -> Iterator[Tuple[Dict[str, Any], str]]:
         """Each task once, with its JSON text if wanted, whatever becomes of the streams that they come in."""
-        before = self._get_batch_at(batch_path)
+        before = self._get_batch(batch_path)
         seen: Set[str] = set()
         repeats = 0  # in a row that brought nothing new
         while True:
@@ -550,7 +544,7 @@ class SynthgenClient:
                         if message_id not in seen:
                             seen.add(message_id)
                             yield task, text
-                after = self._get_batch_at(batch_path)
+                after = self._get_batch(batch_path)
                 expected = min(_expected(before, task_status), _expected(after, task_status))
                 if len(seen) >= expected:
                     return
@@ -591,15 +585,16 @@ class SynthgenClient:
 
     # The one way to the network.
 
-    def _get_batch(self, batch_id: str, **options: Any) -> Batch:
-        return self._get_batch_at(_batch_path(batch_id), **options)
+    def _get_batch(self, path: str, **options: Any) -> Batch:
+        return self._get(Batch, path, null="no such batch (was it deleted, or is it not ingested yet?)", **options)
 
-    def _get_batch_at(self, path: str, **options: Any) -> Batch:
+    def _get(self, model: Type[_Model], path: str, *, null: str = "", **options: Any) -> _Model:
+        """The answer to a GET, as a model; where ``null`` says what the server's null means, that is an error."""
         what = self._name("GET", path)
         data = self._request("GET", path, **options)
-        if data is None:
-            raise NotFoundError(f"{what}: no such batch (was it deleted, or is it not ingested yet?)", status_code=404)
-        return parse(Batch, data, what)
+        if data is None and null:
+            raise NotFoundError(f"{what}: {null}", status_code=404)
+        return parse(model, data, what)
 
     def _pause(self, repeats: int) -> None:
         self._sleep(backoff_time(self._backoff_factor, repeats))
