@@ -449,15 +449,13 @@ class SynthgenClient:
 
     def _show_health(self, monitor: Monitor, required: bool) -> None:
         """Ask for the server's health, show it, and raise ServerError where uploads would be lost."""
-        repeats = 0
-        while True:
+        for repeats in count(1):
             try:
                 health = self.check_health()
                 break
             except AWAY_ERRORS as exc:
-                if repeats >= self._retries or never_sent(exc.__cause__):
+                if repeats > self._retries or never_sent(exc.__cause__):
                     raise
-                repeats += 1
                 monitor.note(f"no answer yet, trying again: {exc}")
                 self._pause(repeats)
         monitor.health(health)
