@@ -659,13 +659,13 @@ class SynthgenClient:
         method: str,
         path: str,
         *,
-        retries: Optional[int] = None,
+        retries: int,
         headers: Optional[Dict[str, str]] = None,
         read_timeout: Optional[float] = None,
         **options: Any,
     ) -> requests.Response:
         """Send a request, and return the answer when its headers are there, whatever the status."""
-        session = self._session_for(self._retries if retries is None else retries)
+        session = self._session_for(retries)
         pauses = pausing.set(self._sleep)
         wait = self.timeout if read_timeout is None else min(read_timeout, self.timeout)
         started = time.monotonic()
