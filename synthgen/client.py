@@ -177,7 +177,7 @@ class SynthgenClient:
             BatchUploadError: The upload ended early. It says what was taken, and how to go on.
             ValueError: There are no tasks for a new batch, or the id can't be one.
         """
-        chunk_size = _checked_chunk_size(chunk_size)
+        _check_chunk_size(chunk_size)
         goes_on, batch_id = batch_id is not None, _new_batch_id(batch_id)
         tasks = _checked_tasks(tasks)
         if idempotency_key is not None:
@@ -234,7 +234,7 @@ class SynthgenClient:
             ValueError: Neither tasks nor a batch id is given, or a number is out of range.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        chunk_size = _checked_chunk_size(chunk_size)
+        _check_chunk_size(chunk_size)
         _check_seconds(poll_interval=poll_interval, stall_timeout=stall_timeout, timeout=timeout)
         if tasks is None and batch_id is None:
             raise ValueError("monitor_batch needs tasks to run, or the id of a batch to wait for, or both")
@@ -772,10 +772,9 @@ def _checked_tasks(tasks: Iterable[Task]) -> Iterable[Task]:
     return list(map(as_task, tasks, count())) if isinstance(tasks, (list, tuple)) else tasks
 
 
-def _checked_chunk_size(chunk_size: int) -> int:
+def _check_chunk_size(chunk_size: int) -> None:
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size must be a whole number from 1 on, not {chunk_size!r}")
-    return chunk_size
 
 
 def _check_seconds(**settings: Optional[float]) -> None:
