@@ -32,7 +32,7 @@ from .exceptions import (
     SynthgenError,
 )
 from .models import BatchCost, HealthStatus, Task, TaskResponse, TaskStatus
-from .monitor import load_rich, new_monitor
+from .monitor import choose_monitor, load_rich
 
 __all__ = ["main"]
 
@@ -76,7 +76,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from .local import DemoProvider, LocalServer
 
-    monitor = new_monitor()
+    monitor = choose_monitor()
     with DemoProvider() as provider, LocalServer() as server, server.client() as client:
         bodies = [{"model": "demo", "messages": [{"role": "user", "content": text}]} for text in args.equations]
         tasks = [Task(custom_id=str(i), url=provider.url, body=body) for i, body in enumerate(bodies, 1)]
@@ -268,7 +268,7 @@ def _follow(args: argparse.Namespace, client: SynthgenClient, tasks: Optional[Li
     """Run tasks, or wait for the batch that was named; whatever ends that early, say how to go on."""
     if args.batch:
         client.get_batch(args.batch)  # a name that is wrong is found out now
-    monitor = new_monitor()
+    monitor = choose_monitor()
     try:
         return client.monitor_batch(
             tasks,

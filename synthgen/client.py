@@ -246,7 +246,9 @@ class SynthgenClient:
             return batch.cost(cost_by_1m_input_token, cost_by_1m_output_token) if batch else BatchCost()
 
         submit, batch_id = batch_id is None, _new_batch_id(batch_id)
-        with _watching(choose_monitor(show_progress) if monitor is None else monitor) as told:
+        if monitor is None and show_progress:
+            monitor = choose_monitor()
+        with _watching(monitor) as told:
             self._show_health(told, required=submit)
             if submit and todo is not None:
                 self._create_batch(todo, chunk_size, batch_id, None, told)

@@ -15,7 +15,7 @@ from typing import Any, Callable, List, Optional, TextIO
 from ._progress import Progress, health_rows, printable
 from .models import Batch, BatchCost, HealthResponse, TaskResponse
 
-__all__ = ["Monitor", "PlainMonitor", "choose_monitor", "guard", "load_rich", "new_monitor"]
+__all__ = ["Monitor", "PlainMonitor", "choose_monitor", "guard", "load_rich"]
 
 #: `PlainMonitor` writes at most one line in this time, except at the start and the end of something.
 _LINE_INTERVAL = 10.0
@@ -187,17 +187,8 @@ def guard(monitor: Monitor) -> Monitor:
     return _Guarded(monitor)
 
 
-def choose_monitor(show_progress: bool) -> Monitor:
-    """A monitor for where we are: it draws on a terminal and in Jupyter, if rich is there; it writes lines elsewhere.
-
-    Args:
-        show_progress: False gives one that is silent.
-    """
-    return new_monitor() if show_progress else Monitor()
-
-
-def new_monitor() -> PlainMonitor:
-    """A monitor that shows something, the way that stderr allows."""
+def choose_monitor() -> PlainMonitor:
+    """A monitor for where we are: drawn on a terminal and in Jupyter, if rich is there; written in lines elsewhere."""
     rich = load_rich(sys.stderr)
     monitor: PlainMonitor = rich.RichMonitor() if rich else PlainMonitor()
     return monitor

@@ -285,28 +285,32 @@ def test_printable_keeps_what_is_harmless():
 # The choice
 
 
-def test_no_progress_means_silence(capsys):
-    """``show_progress=False`` gives the monitor that does nothing."""
-    assert type(choose_monitor(False)) is Monitor
+def test_no_progress_means_silence(demo, capsys):
+    """``show_progress=False`` writes nothing."""
+    client, tasks = demo
+
+    client.monitor_batch(tasks, show_progress=False)
+
+    assert capsys.readouterr().err == ""
 
 
 def test_off_a_terminal_lines_are_written(capsys):
     """With stderr in a file, the plain monitor is chosen."""
-    assert type(choose_monitor(True)) is PlainMonitor
+    assert type(choose_monitor()) is PlainMonitor
 
 
 def test_without_rich_lines_are_written_on_a_terminal_too(terminal_stderr, monkeypatch):
     """rich is optional."""
     _hide_rich(monkeypatch)
 
-    assert type(choose_monitor(True)) is PlainMonitor
+    assert type(choose_monitor()) is PlainMonitor
 
 
 def test_a_dumb_terminal_gets_lines(terminal_stderr, monkeypatch):
     """TERM=dumb can't move its cursor."""
     monkeypatch.setenv("TERM", "dumb")
 
-    assert type(choose_monitor(True)) is PlainMonitor
+    assert type(choose_monitor()) is PlainMonitor
 
 
 def test_a_stderr_that_cant_say_what_it_is_gets_lines(monkeypatch):
@@ -315,7 +319,7 @@ def test_a_stderr_that_cant_say_what_it_is_gets_lines(monkeypatch):
     closed.close()
     for stream in (WriteOnly(), closed):
         monkeypatch.setattr(sys, "stderr", stream)
-        assert type(choose_monitor(True)) is PlainMonitor
+        assert type(choose_monitor()) is PlainMonitor
 
 
 def test_without_rich_the_error_says_the_way_out(monkeypatch):

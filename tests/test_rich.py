@@ -205,7 +205,7 @@ def test_on_a_terminal_the_drawing_monitor_is_chosen(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
 
-    assert type(choose_monitor(True)) is RichMonitor
+    assert type(choose_monitor()) is RichMonitor
 
 
 def test_a_table_keeps_its_ids_whole():
