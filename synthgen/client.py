@@ -55,7 +55,7 @@ from .models import (
     UsageStatsResponse,
     is_header_value,
 )
-from .monitor import Monitor, choose_monitor, guard
+from .monitor import GuardedMonitor, Monitor, choose_monitor
 
 __all__ = ["SynthgenClient"]
 
@@ -738,7 +738,7 @@ def replacing(path: Union[str, "os.PathLike[str]"]) -> Iterator[Any]:
 @contextmanager
 def _watching(monitor: Optional[Monitor]) -> Iterator[Monitor]:
     """The monitor, or a silent one; its own errors stop nothing, and it is closed at the end."""
-    guarded = guard(Monitor() if monitor is None else monitor)
+    guarded = GuardedMonitor(Monitor() if monitor is None else monitor)
     try:
         yield guarded
     finally:

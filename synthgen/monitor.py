@@ -15,7 +15,7 @@ from typing import Any, Callable, List, Optional, TextIO
 from ._progress import Progress, health_rows, printable
 from .models import Batch, BatchCost, HealthResponse, TaskResponse
 
-__all__ = ["Monitor", "PlainMonitor", "choose_monitor", "guard", "load_rich"]
+__all__ = ["GuardedMonitor", "Monitor", "PlainMonitor", "choose_monitor", "load_rich"]
 
 #: `PlainMonitor` writes at most one line in this time, except at the start and the end of something.
 _LINE_INTERVAL = 10.0
@@ -138,7 +138,9 @@ class PlainMonitor(Monitor):
             stream.flush()
 
 
-class _Guarded(Monitor):
+class GuardedMonitor(Monitor):
+    """The same monitor, but an exception in it ends the watching, with a warning, and not the batch."""
+
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
         self._broken = False
@@ -180,11 +182,6 @@ class _Guarded(Monitor):
                 # Warnings may be errors, and stderr closed: neither may end the batch.
                 with suppress(RuntimeWarning, ValueError):
                     warnings.warn(text, RuntimeWarning)
-
-
-def guard(monitor: Monitor) -> Monitor:
-    """The same monitor, but an exception in it ends the watching, with a warning, and not the batch."""
-    return _Guarded(monitor)
 
 
 def choose_monitor() -> PlainMonitor:

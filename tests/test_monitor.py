@@ -12,7 +12,7 @@ from synthgen import MissingDependencyError, Monitor, Task
 from synthgen._progress import duration, money, printable
 from synthgen.local import DemoProvider, LocalServer
 from synthgen.models import Batch, BatchCost, HealthResponse
-from synthgen.monitor import PlainMonitor, choose_monitor, guard
+from synthgen.monitor import GuardedMonitor, PlainMonitor, choose_monitor
 
 
 class Written:
@@ -395,8 +395,8 @@ def test_a_monitor_that_fails_does_not_end_the_batch_where_warnings_are_errors(d
 def test_a_monitor_that_fails_does_no_harm_where_the_warning_cant_be_shown():
     """In a process of its own, since pytest keeps the warnings of this one: its stderr is closed."""
     script = (
-        "import sys; from synthgen.monitor import guard; "
-        "sys.stderr.close(); guard(object()).note('a'); print('goes on')"
+        "import sys; from synthgen.monitor import GuardedMonitor; "
+        "sys.stderr.close(); GuardedMonitor(object()).note('a'); print('goes on')"
     )
 
     assert subprocess.check_output([sys.executable, "-c", script]).strip() == b"goes on"
@@ -410,7 +410,7 @@ def test_an_interrupt_in_a_monitor_goes_through():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        guard(Interrupted()).note("")
+        GuardedMonitor(Interrupted()).note("")
 
 
 def test_a_monitor_written_for_an_older_version_misses_nothing_it_has():
@@ -420,7 +420,7 @@ def test_a_monitor_written_for_an_older_version_misses_nothing_it_has():
         def close(self):
             pass
 
-    monitor = guard(Older())
+    monitor = GuardedMonitor(Older())
     with pytest.warns(RuntimeWarning, match="results"):
         monitor.results([])
     with warnings.catch_warnings():
