@@ -139,7 +139,7 @@ def timed_out(error: BaseException) -> bool:
 
 def may_have_arrived(attempt: Any) -> bool:
     """Whether a request that was repeated may have been carried out, by its entry in ``Retry.history``."""
-    return attempt.status != 429 and not (attempt.error is not None and never_sent(attempt.error))
+    return attempt.status != 429 and not never_sent(attempt.error)
 
 
 def innermost(error: BaseException) -> BaseException:
