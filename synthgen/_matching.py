@@ -13,8 +13,8 @@ from .models import Task, TaskResponse, TaskStatus
 
 __all__ = ["match"]
 
-#: custom_id, URL, method. None as a whole: the server does not say.
-_Name = Optional[Tuple[Optional[str], Optional[str], Optional[str]]]
+#: custom_id, URL, method.
+_Name = Tuple[Optional[str], Optional[str], Optional[str]]
 
 _to_sorted_json = json.JSONEncoder(sort_keys=True).encode
 
@@ -65,17 +65,17 @@ def _share_out(
 ) -> List[Optional[TaskResponse]]:
     """One result for each name of tasks that are alike in all else; of several, one that completed."""
     one_name = len(set(names)) == 1
-    by_name: Dict[_Name, List[TaskResponse]] = defaultdict(list)
+    by_name: Dict[Optional[_Name], List[TaskResponse]] = defaultdict(list)
     for result in sorted(results, key=lambda result: result.ok):  # pop() takes from the end
-        named = "custom_id" in result.model_fields_set
-        if not named and not one_name:
+        if "custom_id" not in result.model_fields_set and not one_name:
             result = look_up(result)
-            named = "custom_id" in result.model_fields_set
-        by_name[(result.custom_id, result.url, result.method) if named else None].append(result)
-    return [
-        next((by_name[key].pop() for key in (name, name and (name[0], None, None), None) if by_name[key]), None)
-        for name in names
-    ]
+        is_named = "custom_id" in result.model_fields_set
+        by_name[(result.custom_id, result.url, result.method) if is_named else None].append(result)
+    shared: List[Optional[TaskResponse]] = []
+    for name in names:
+        keys = (name, (name[0], None, None), None)  # the framework gives a custom_id alone, or none of them
+        shared.append(next((by_name[key].pop() for key in keys if by_name[key]), None))
+    return shared
 
 
 def _with_text_keys(value: Any) -> Any:
