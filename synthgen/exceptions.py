@@ -20,7 +20,7 @@ All of them pickle. The tasks that an error holds are pickled without their prov
 """
 
 import json
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Iterable, List, Mapping, Optional, Tuple
 
 from requests.structures import CaseInsensitiveDict
 
@@ -266,5 +266,4 @@ class BatchIncompleteError(SynthgenError):
 
 
 def _without_keys(tasks: Iterable["Task"]) -> List["Task"]:
-    update: Dict[str, Any] = {"api_key": None}
-    return [task.model_copy(update=update) for task in tasks]
+    return [task.model_copy(update={"api_key": None}) for task in tasks]
