@@ -183,7 +183,7 @@ def is_header_value(text: str) -> bool:
 
 
 class _Received(BaseModel):
-    model_config = ConfigDict(extra="allow", populate_by_name=True, protected_namespaces=(), hide_input_in_errors=True)
+    model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
 
 
 class BulkTaskResponse(_Received):
