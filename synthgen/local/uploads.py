@@ -1,5 +1,7 @@
 """From the bytes of an upload to the rows of its tasks: the multipart form, then the lines of its file."""
 
+import codecs
+import io
 import json
 from email.message import Message
 from email.parser import BytesHeaderParser
@@ -88,11 +90,13 @@ def read_rows(content: bytes) -> List[Tuple[Any, ...]]:
     """
     rows: List[Tuple[Any, ...]] = []
     errors: List[Dict[str, Any]] = []
-    for number, line in enumerate(_lines(content), 1):
+    file = io.BytesIO(content)  # its lines end at a newline alone, whatever else JSON strings hold
+    file.seek(len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0)
+    for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
-            rows.append(_row(line))
+            rows.append(_row(line.rstrip(b"\n")))
         except ValueError as exc:
             errors.append(_line_error(number, str(exc)))
             if len(errors) == _MAX_ERRORS:
@@ -106,16 +110,6 @@ def read_rows(content: bytes) -> List[Tuple[Any, ...]]:
 
 def _line_error(number: int, message: str) -> Dict[str, Any]:
     return {"type": "value_error", "loc": ["body", "file", number], "msg": f"line {number}: {message}", "input": None}
-
-
-def _lines(content: bytes) -> Iterator[bytes]:
-    """Lines end at a newline alone, whatever else JSON strings hold."""
-    start = len(b"\xef\xbb\xbf") if content.startswith(b"\xef\xbb\xbf") else 0
-    while start < len(content):
-        end = content.find(b"\n", start)
-        end = len(content) if end < 0 else end
-        yield content[start:end]
-        start = end + 1
 
 
 def _row(line: bytes) -> Tuple[Any, ...]:
