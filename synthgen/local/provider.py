@@ -9,7 +9,7 @@ import ssl
 import threading
 import time
 import weakref
-from http import HTTPStatus
+from http.client import responses
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, NamedTuple, Optional, Tuple, Union
 from urllib.parse import urlsplit
@@ -220,7 +220,7 @@ def _no_answer(exc: requests.RequestException, api_key: Optional[str]) -> Union[
 def _answer(response: requests.Response, content: bytes, api_key: Optional[str]) -> Union[str, Result, TryAgain]:
     """What a whole answer means; text is an error that no other try would mend."""
     status, text = response.status_code, _shortened(content.decode("utf-8", "replace"), api_key)
-    reason = f"{status} {_phrase(status)}"
+    reason = f"{status} {responses.get(status, 'Unknown')}"
     retry_after = parse_retry_after(response.headers.get("Retry-After", "0"))
     if status == 429:
         return TryAgain(f"Client error ({reason}): {text}", retry_after)
@@ -259,10 +259,3 @@ def _shortened(text: str, api_key: Optional[str]) -> str:
     if api_key:
         text = text.replace(api_key, "[api_key]").replace(json.dumps(api_key)[1:-1], "[api_key]")
     return text if len(text) <= _MAX_ERROR_CHARACTERS else f"{text[:_MAX_ERROR_CHARACTERS]}..."
-
-
-def _phrase(status: int) -> str:
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return "Unknown"
