@@ -9,6 +9,7 @@ import ssl
 import threading
 import time
 import weakref
+from functools import partial
 from http.client import responses
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, NamedTuple, Optional, Tuple, Union
@@ -101,7 +102,7 @@ class Provider:
             url,
             data=body.encode("ascii"),
             headers={"Content-Type": "application/json"},
-            auth=_Bearer(api_key),
+            auth=partial(_authorize, api_key),
             proxies={"no_proxy": host} if _is_loopback(host) else None,
             timeout=(self._policy.connect_timeout, self._policy.read_timeout),
             allow_redirects=False,
@@ -109,17 +110,11 @@ class Provider:
         )
 
 
-class _Bearer(requests.auth.AuthBase):
-    """Sends the key, or none; being there, it keeps `~/.netrc` out."""
-
-    def __init__(self, api_key: Optional[str]) -> None:
-        self._api_key = api_key
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers.pop("Authorization", None)
-        if self._api_key:
-            request.headers["Authorization"] = f"Bearer {self._api_key}"
-        return request
+def _authorize(api_key: Optional[str], request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Send the key, or none; being there, it keeps `~/.netrc` out."""
+    if api_key:
+        request.headers["Authorization"] = f"Bearer {api_key}"
+    return request
 
 
 class _Sockets:
