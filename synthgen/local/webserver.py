@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import traceback
+from contextlib import suppress
 from email.message import Message
 from http import HTTPStatus
 from http.client import HTTPException
@@ -385,10 +386,8 @@ class WebServer:
 
 def _shut(connection: socket.socket) -> None:
     """End whatever reads or writes on a connection, in any thread."""
-    try:
+    with suppress(OSError):  # gone already
         connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        logger.debug("a connection is gone already")
 
 
 def _log_failure(exc: Exception) -> None:
