@@ -123,14 +123,8 @@ class API:
     def _post_batch(self, request: Request) -> Response:
         batch_id = request.query.get("batch_id", "")
         if "/" in batch_id or batch_id in (".", ".."):
-            raise invalid(
-                {
-                    "type": "value_error",
-                    "loc": ["query", "batch_id"],
-                    "msg": "a batch with a slash in its id, or one called . or .., could not be asked for",
-                    "input": batch_id,
-                }
-            )
+            message = "a batch with a slash in its id, or one called . or .., could not be asked for"
+            raise _bad_query("value_error", "batch_id", message, batch_id)
         content = read_file(request.headers.get("Content-Type", ""), request.body())
         digest = hashlib.sha256(batch_id.encode("utf-8") + b"\n" + content).digest()
         upload = Upload(batch_id or None, read_rows(content), request.headers.get("Idempotency-Key"), digest)
