@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from contextlib import closing, contextmanager, nullcontext, suppress
-from functools import partial
 from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
 from pydantic import BaseModel, ValidationError
@@ -98,7 +97,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigurationError(f"{args.output} is the file with the tasks: results need another")
     tasks = _read_tasks(args.tasks, args.provider, _environment_key(args.key_env))
     missing = None
-    with _output(args) as write:
+    with _output(args) as file:
         with _local_client(args) if args.local else _client(args) as client:
             try:
                 results = _follow(args, client, tasks)
@@ -106,7 +105,7 @@ def _run(args: argparse.Namespace) -> int:
                 results, missing = exc.results, exc
         if missing and not results:
             raise missing  # and leave the file that is there
-        write(results)
+        _write_lines(file, results)
     if missing:
         raise missing
     outcome = _outcome(results)
@@ -139,8 +138,8 @@ def _watch(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    with _output(args) as write, _client(args) as client:
-        write(client.iter_batch_tasks(args.batch, args.status))
+    with _output(args) as file, _client(args) as client:
+        _write_lines(file, client.iter_batch_tasks(args.batch, args.status))
     return _OK
 
 
@@ -391,15 +390,15 @@ def _environment_key(name: Optional[str]) -> Optional[str]:
 
 
 @contextmanager
-def _output(args: argparse.Namespace) -> Iterator[Callable[[Iterable[TaskResponse]], None]]:
-    """What writes the results. A file that can't be written is found out now, and is there only when all is in it."""
+def _output(args: argparse.Namespace) -> Iterator[BinaryIO]:
+    """Where results go. A file that can't be written is found out now, and is there only when all is in it."""
     if args.output is None:
-        yield partial(_write_lines, sys.stdout.buffer)
+        yield sys.stdout.buffer
         return
     if os.path.exists(args.output) and not (args.force and os.path.isfile(args.output)):
         raise ConfigurationError(f"{args.output} is there already; --force replaces a file")
     with replacing(args.output) as file:
-        yield partial(_write_lines, file)
+        yield file
 
 
 def _write_lines(file: BinaryIO, results: Iterable[TaskResponse]) -> None:
