@@ -29,19 +29,19 @@ class Chunks:
             self.unsent.append(task)
             line = as_task(task, index).to_line()
             if lines and length + len(line) >= _MAX_BYTES:
-                yield self._cut(len(lines)), b"\n".join(lines)
+                yield self._cut(lines)
                 lines, length = [], 0
             lines.append(line)
             length += len(line) + 1
             if len(lines) >= self._size:
-                yield self._cut(len(lines)), b"\n".join(lines)
+                yield self._cut(lines)
                 lines, length = [], 0
         if lines:
-            yield self._cut(len(lines)), b"\n".join(lines)
+            yield self._cut(lines)
 
-    def _cut(self, count: int) -> List[Task]:
-        chunk, self.unsent = self.unsent[:count], self.unsent[count:]
-        return chunk
+    def _cut(self, lines: List[bytes]) -> Tuple[List[Task], bytes]:
+        chunk, self.unsent = self.unsent[: len(lines)], self.unsent[len(lines) :]
+        return chunk, b"\n".join(lines)
 
     def rest_after(self, unsent: List[Task]) -> Iterable[Task]:
         """These, and what is still in the iterable; a list where that was one, so that it pickles."""
