@@ -174,8 +174,7 @@ class Store:
     def __init__(self, path: Union[str, "os.PathLike[str]"]) -> None:
         schema = f"{_SCHEMA} INSERT INTO settings VALUES ('{secrets.token_hex(8)}');"
         self._database = Database(path, schema, application_id=_APPLICATION_ID, version=_VERSION)
-        with self._database.reading() as connection:
-            self._id_prefix: str = connection.execute("SELECT id_prefix FROM settings").fetchone()[0]
+        self._id_prefix: str = self._read("SELECT id_prefix FROM settings")[0]["id_prefix"]
 
     def close(self) -> None:
         """Write what there is to write, and let go of the file."""
@@ -260,38 +259,27 @@ class Store:
     def batch(self, batch_id: str) -> Optional[sqlite3.Row]:
         """The row of a batch, at the same cost for any size. An ended one has no provider key left on the disk."""
         self._database.wait_until_wiped()
-        with self._database.reading() as connection:
-            row: Optional[sqlite3.Row] = connection.execute(
-                "SELECT * FROM batches WHERE batch_id = ?", (batch_id,)
-            ).fetchone()
-            return row
+        return self._read_one("SELECT * FROM batches WHERE batch_id = ?", batch_id)
 
     def batches(self) -> List[sqlite3.Row]:
         """The rows of all batches, newest first."""
         self._database.wait_until_wiped()
-        with self._database.reading() as connection:
-            return connection.execute("SELECT * FROM batches ORDER BY number DESC").fetchall()
+        return self._read("SELECT * FROM batches ORDER BY number DESC")
 
     def totals(self) -> sqlite3.Row:
         """The counters of all batches, added up; each 0 where there is none."""
         names = "total completed failed cached prompt_tokens completion_tokens total_tokens".split()
         names += ["cached_prompt_tokens", "cached_completion_tokens", "cached_total_tokens"]
         sums = ", ".join(f"COALESCE(SUM({name}), 0) AS {name}" for name in names)
-        with self._database.reading() as connection:
-            row: sqlite3.Row = connection.execute(f"SELECT {sums} FROM batches").fetchone()
-            return row
+        return self._read(f"SELECT {sums} FROM batches")[0]
 
     def task(self, message_id: str) -> Optional[sqlite3.Row]:
         """The row of a task, with its ``batch_id``."""
         task_id = self._task_id(message_id)
         if task_id is None:
             return None
-        with self._database.reading() as connection:
-            row: Optional[sqlite3.Row] = connection.execute(
-                "SELECT tasks.*, batch_id FROM tasks, batches WHERE id = ? AND number = ?",
-                (task_id, batch_number(task_id)),
-            ).fetchone()
-            return row
+        query = "SELECT tasks.*, batch_id FROM tasks, batches WHERE id = ? AND number = ?"
+        return self._read_one(query, task_id, batch_number(task_id))
 
     def tasks(self, batch: int, status: Optional[str] = None) -> Iterator[sqlite3.Row]:
         """The rows of a batch's tasks, newest first, read a page at a time; no transaction is open in between."""
@@ -311,50 +299,46 @@ class Store:
     def usage_by_minute(self, batch: int, since: int) -> List[sqlite3.Row]:
         """Sums over the tasks that ended from `since` on, for each minute in which any did."""
         first, end = _task_ids(batch)
-        with self._database.reading() as connection:
-            return connection.execute(
-                """
-                SELECT completed_at / 60000000 AS minute, COUNT(*) AS total,
-                       SUM(status = 'COMPLETED' AND NOT cached) AS completed, SUM(status = 'FAILED') AS failed,
-                       SUM(cached) AS cached, SUM(prompt_tokens) AS prompt_tokens,
-                       SUM(completion_tokens) AS completion_tokens, SUM(total_tokens) AS total_tokens,
-                       SUM(duration) AS duration,
-                       SUM(CASE WHEN status = 'COMPLETED' THEN duration ELSE 0 END) AS completed_duration
-                FROM tasks WHERE id >= ? AND id < ? AND completed_at >= ? GROUP BY minute ORDER BY minute
-                """,
-                (first, end, since),
-            ).fetchall()
+        query = """
+            SELECT completed_at / 60000000 AS minute, COUNT(*) AS total,
+                   SUM(status = 'COMPLETED' AND NOT cached) AS completed, SUM(status = 'FAILED') AS failed,
+                   SUM(cached) AS cached, SUM(prompt_tokens) AS prompt_tokens,
+                   SUM(completion_tokens) AS completion_tokens, SUM(total_tokens) AS total_tokens,
+                   SUM(duration) AS duration,
+                   SUM(CASE WHEN status = 'COMPLETED' THEN duration ELSE 0 END) AS completed_duration
+            FROM tasks WHERE id >= ? AND id < ? AND completed_at >= ? GROUP BY minute ORDER BY minute
+        """
+        return self._read(query, first, end, since)
 
     def unfinished_batches(self) -> List[int]:
         """The numbers of the batches that have tasks to run, oldest first."""
-        with self._database.reading() as connection:
-            rows = connection.execute(
-                "SELECT number FROM batches WHERE total > completed + failed + cached ORDER BY number"
-            )
-            return [row["number"] for row in rows]
+        query = "SELECT number FROM batches WHERE total > completed + failed + cached ORDER BY number"
+        return [row["number"] for row in self._read(query)]
 
     def unfinished_tasks(self, batch: int, after: int, limit: int) -> List[sqlite3.Row]:
         """What is needed to run a batch's next tasks; `after` is a row id."""
-        with self._database.reading() as connection:
-            return connection.execute(
-                """
-                SELECT id, url, api_key, body, use_cache, track_progress FROM tasks
-                WHERE id > ? AND id < ? AND status = 'PENDING' ORDER BY id LIMIT ?
-                """,
-                (max(after, _task_ids(batch)[0]), _task_ids(batch)[1], limit),
-            ).fetchall()
+        first, end = _task_ids(batch)
+        query = """
+            SELECT id, url, api_key, body, use_cache, track_progress FROM tasks
+            WHERE id > ? AND id < ? AND status = 'PENDING' ORDER BY id LIMIT ?
+        """
+        return self._read(query, max(after, first), end, limit)
 
     def cached(self, cache_key: bytes) -> Optional[Result]:
         """The newest result of an identical task that completed."""
-        with self._database.reading() as connection:
-            row = connection.execute(
-                """
-                SELECT completions, duration, prompt_tokens, completion_tokens, total_tokens
-                FROM tasks WHERE cache_key = ? ORDER BY id DESC LIMIT 1
-                """,
-                (cache_key,),
-            ).fetchone()
+        query = """
+            SELECT completions, duration, prompt_tokens, completion_tokens, total_tokens
+            FROM tasks WHERE cache_key = ? ORDER BY id DESC LIMIT 1
+        """
+        row = self._read_one(query, cache_key)
         return Result(True, *row)._replace(cached=True) if row else None
+
+    def _read(self, query: str, *values: Any) -> List[sqlite3.Row]:
+        with self._database.reading() as connection:
+            return connection.execute(query, values).fetchall()
+
+    def _read_one(self, query: str, *values: Any) -> Optional[sqlite3.Row]:
+        return next(iter(self._read(query, *values)), None)
 
     def message_id(self, task_id: int) -> str:
         """The public id of a task: the database's own prefix and the row id, in the form of a UUID."""
