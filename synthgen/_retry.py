@@ -72,7 +72,7 @@ class RetryPolicy(Retry):
         return super()._is_read_error(err) or (isinstance(err, SSLError) and not _is_certificate_error(err))
 
 
-def retry_policy(retries: int, backoff_factor: float = 0.0, *, idempotent_uploads: bool = False) -> RetryPolicy:
+def retry_policy(retries: int, backoff_factor: float, *, idempotent_uploads: bool = False) -> RetryPolicy:
     """The policy for an adapter.
 
     Args:
