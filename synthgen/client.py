@@ -485,12 +485,12 @@ class SynthgenClient:
                     raise
                 continue
             expected = wait.batch.total_tasks if tasks is None and wait.batch else len(tasks or ())
-            lacking = f"{expected - len(results):,} of {expected:,} tasks"
-            unmatched = f"; {surplus:,} results match no task" if surplus else ""
             if len(results) >= expected:
                 if surplus:
                     monitor.note(f"{surplus:,} more results than tasks: the batch was run more than once in part")
                 return results
+            lacking = f"{expected - len(results):,} of {expected:,} tasks"
+            unmatched = f"; {surplus:,} results match no task" if surplus else ""
             if stuck is None and (results or surplus < expected):  # else it is full of other tasks
                 monitor.note(f"{lacking} have no result yet{unmatched}; looking again")
                 wait.came_early()
