@@ -141,7 +141,7 @@ class _Connection(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         self.close_connection = True
         self._unread = 0
-        self._is_waiting = False
+        self._expects_continue = False
         self.server.is_idle(self.connection)
         self._incoming.allow(_MAX_IDLE)
         if not self._reader.peek(1):
@@ -151,7 +151,7 @@ class _Connection(BaseHTTPRequestHandler):
         super().handle_one_request()
 
     def handle_expect_100(self) -> bool:
-        self._is_waiting = True  # for its body to be wanted
+        self._expects_continue = True  # until the body is wanted
         return True
 
     def answer(self) -> None:
@@ -176,8 +176,8 @@ class _Connection(BaseHTTPRequestHandler):
         size = self._unread
         if size > _MAX_BODY_BYTES:
             raise HTTPError(413, f"the request is larger than {_MAX_BODY_BYTES >> 20} MiB; send less at a time")
-        if self._is_waiting:
-            self._is_waiting = False
+        if self._expects_continue:
+            self._expects_continue = False
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._incoming.allow(_BODY_SECONDS + size / _BODY_BYTES_PER_SECOND)
         try:
@@ -204,7 +204,7 @@ class _Connection(BaseHTTPRequestHandler):
         if self.close_connection:
             self.connection.shutdown(socket.SHUT_WR)
         self._incoming.allow(_UNWANTED_SECONDS)
-        while self._unread and not self._is_waiting:
+        while self._unread and not self._expects_continue:
             received = len(self.rfile.read1(min(self._unread, 1 << 16)))
             self._unread -= received
             if not received:
@@ -213,7 +213,7 @@ class _Connection(BaseHTTPRequestHandler):
     def _send(self, response: Response) -> None:
         is_stream = not isinstance(response.body, bytes)
         is_chunked = is_stream and self.request_version == "HTTP/1.1"
-        if self._is_waiting or self._unread > _MAX_BODY_BYTES or (is_stream and not is_chunked):
+        if self._expects_continue or self._unread > _MAX_BODY_BYTES or (is_stream and not is_chunked):
             self.close_connection = True
         head = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}"]
         head += [f"{name}: {value}" for name, value in response.headers.items()]
