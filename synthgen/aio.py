@@ -110,8 +110,8 @@ class AsyncSynthgenClient:
         self.base_url = self._client.base_url
         self.timeout = self._client.timeout
         name = type(self).__name__
-        self._pool = ThreadPoolExecutor(_SHORT_CALLS_AT_ONCE, thread_name_prefix=name)
-        self._threads = ThreadPoolExecutor(_UNLIMITED, thread_name_prefix=name)  # one each for what takes long
+        self._short_calls = ThreadPoolExecutor(_SHORT_CALLS_AT_ONCE, thread_name_prefix=name)
+        self._long_calls = ThreadPoolExecutor(_UNLIMITED, thread_name_prefix=name)  # a thread each
         self._running: Dict[Future[Any], _Call] = {}
         self._closed = False
 
@@ -131,8 +131,8 @@ class AsyncSynthgenClient:
             call.cancel()
         try:
             await asyncio.gather(*map(asyncio.wrap_future, list(self._running)), return_exceptions=True)
-            self._pool.shutdown()  # at once: the threads have nothing left to do
-            self._threads.shutdown()
+            self._short_calls.shutdown()  # at once: the threads have nothing left to do
+            self._long_calls.shutdown()
         finally:
             self._client.close()
 
@@ -140,7 +140,7 @@ class AsyncSynthgenClient:
 
     @_like(SynthgenClient.check_health)
     async def check_health(self) -> HealthResponse:
-        return await self._run(self._pool, lambda client: client.check_health())
+        return await self._run(self._short_calls, lambda client: client.check_health())
 
     @_like(SynthgenClient.create_batch)
     async def create_batch(
@@ -153,7 +153,7 @@ class AsyncSynthgenClient:
         monitor: Optional[Monitor] = None,
     ) -> BulkTaskResponse:
         return await self._run(
-            self._threads,
+            self._long_calls,
             lambda client: client.create_batch(
                 client.iterable(tasks),
                 chunk_size,
@@ -179,7 +179,7 @@ class AsyncSynthgenClient:
         monitor: Optional[Monitor] = None,
     ) -> List[TaskResponse]:
         return await self._run(
-            self._threads,
+            self._long_calls,
             lambda client: client.monitor_batch(
                 None if tasks is None else client.iterable(tasks),
                 batch_id,
@@ -196,11 +196,11 @@ class AsyncSynthgenClient:
 
     @_like(SynthgenClient.get_batches)
     async def get_batches(self) -> BatchList:
-        return await self._run(self._pool, lambda client: client.get_batches())
+        return await self._run(self._short_calls, lambda client: client.get_batches())
 
     @_like(SynthgenClient.get_batch)
     async def get_batch(self, batch_id: str) -> Batch:
-        return await self._run(self._pool, lambda client: client.get_batch(batch_id))
+        return await self._run(self._short_calls, lambda client: client.get_batch(batch_id))
 
     @_like(SynthgenClient.iter_batch_tasks)
     def iter_batch_tasks(
@@ -218,7 +218,7 @@ class AsyncSynthgenClient:
         monitor: Optional[Monitor] = None,
     ) -> List[TaskResponse]:
         return await self._run(
-            self._threads, lambda client: client.get_batch_tasks(batch_id, task_status, monitor=monitor)
+            self._long_calls, lambda client: client.get_batch_tasks(batch_id, task_status, monitor=monitor)
         )
 
     @_like(SynthgenClient.export_batch)
@@ -231,7 +231,7 @@ class AsyncSynthgenClient:
         monitor: Optional[Monitor] = None,
     ) -> int:
         return await self._run(
-            self._threads, lambda client: client.export_batch(batch_id, path, task_status, monitor=monitor)
+            self._long_calls, lambda client: client.export_batch(batch_id, path, task_status, monitor=monitor)
         )
 
     @_like(SynthgenClient.get_batch_stats)
@@ -241,25 +241,25 @@ class AsyncSynthgenClient:
         time_range: str = "24h",
         interval: Union[CalendarInterval, str] = CalendarInterval.HOUR_SHORT,
     ) -> UsageStatsResponse:
-        return await self._run(self._pool, lambda client: client.get_batch_stats(batch_id, time_range, interval))
+        return await self._run(self._short_calls, lambda client: client.get_batch_stats(batch_id, time_range, interval))
 
     @_like(SynthgenClient.delete_batch)
     async def delete_batch(self, batch_id: str) -> None:
-        await self._run(self._pool, lambda client: client.delete_batch(batch_id))
+        await self._run(self._short_calls, lambda client: client.delete_batch(batch_id))
 
     # Single tasks.
 
     @_like(SynthgenClient.get_task)
     async def get_task(self, message_id: str) -> TaskResponse:
-        return await self._run(self._pool, lambda client: client.get_task(message_id))
+        return await self._run(self._short_calls, lambda client: client.get_task(message_id))
 
     @_like(SynthgenClient.delete_task)
     async def delete_task(self, message_id: str) -> None:
-        await self._run(self._pool, lambda client: client.delete_task(message_id))
+        await self._run(self._short_calls, lambda client: client.delete_task(message_id))
 
     @_like(SynthgenClient.get_task_stats)
     async def get_task_stats(self) -> TaskStatsResponse:
-        return await self._run(self._pool, lambda client: client.get_task_stats())
+        return await self._run(self._short_calls, lambda client: client.get_task_stats())
 
     # Threads.
 
@@ -310,7 +310,7 @@ class AsyncSynthgenClient:
             finally:
                 put(None)
 
-        reading = self._start(self._threads, client, read)
+        reading = self._start(self._long_calls, client, read)
         try:
             while True:
                 while not buffer:
@@ -320,7 +320,7 @@ class AsyncSynthgenClient:
                 if task is not None:
                     yield task
                 elif await asyncio.wrap_future(reading) == _READ_AHEAD:
-                    reading = self._start(self._threads, client, read)
+                    reading = self._start(self._long_calls, client, read)
                 else:
                     return
         finally:
