@@ -206,8 +206,8 @@ class AsyncSynthgenClient:
     def iter_batch_tasks(
         self, batch_id: str, task_status: Optional[Union[TaskStatus, str]] = None
     ) -> AsyncGenerator[TaskResponse, None]:
-        client = _Call(self._client)
-        return self._stream(client, client.iter_batch_tasks(batch_id, task_status))
+        call = _Call(self._client)
+        return self._stream(call, call.iter_batch_tasks(batch_id, task_status))
 
     @_like(SynthgenClient.get_batch_tasks)
     async def get_batch_tasks(
@@ -264,32 +264,30 @@ class AsyncSynthgenClient:
     # Threads.
 
     async def _run(self, executor: ThreadPoolExecutor, function: Callable[["_Call"], _Result]) -> _Result:
-        """The result of a function that gets the client, in a thread."""
-        client = _Call(self._client)
-        client.loop = asyncio.get_running_loop()
+        """The result of a function that gets the client as this call has it, in a thread."""
+        call = _Call(self._client)
+        call.loop = asyncio.get_running_loop()
         try:
-            return await asyncio.wrap_future(self._start(executor, client, lambda: function(client)))
+            return await asyncio.wrap_future(self._start(executor, call, lambda: function(call)))
         except asyncio.CancelledError as exc:
-            client.cancel()
-            if client.batch_id is None:
+            call.cancel()
+            if call.batch_id is None:
                 raise
             raise asyncio.CancelledError(
-                f"batch {client.batch_id!r} goes on with what was uploaded; "
-                f"come back to it with monitor_batch(batch_id={client.batch_id!r})"
+                f"batch {call.batch_id!r} goes on with what was uploaded; "
+                f"come back to it with monitor_batch(batch_id={call.batch_id!r})"
             ) from exc
 
-    def _start(
-        self, executor: ThreadPoolExecutor, client: "_Call", function: Callable[[], _Result]
-    ) -> "Future[_Result]":
+    def _start(self, executor: ThreadPoolExecutor, call: "_Call", function: Callable[[], _Result]) -> "Future[_Result]":
         if self._closed:
             raise RuntimeError("the client is closed")
         future = executor.submit(function)
-        self._running[future] = client
+        self._running[future] = call
         future.add_done_callback(self._running.pop)
         return future
 
     async def _stream(
-        self, client: "_Call", tasks: Generator[TaskResponse, None, None]
+        self, call: "_Call", tasks: Generator[TaskResponse, None, None]
     ) -> AsyncGenerator[TaskResponse, None]:
         """The tasks, read in a thread; so many at a time, and the next when those have been taken."""
         loop = asyncio.get_running_loop()
@@ -310,7 +308,7 @@ class AsyncSynthgenClient:
             finally:
                 put(None)
 
-        reading = self._start(self._long_calls, client, read)
+        reading = self._start(self._long_calls, call, read)
         try:
             while True:
                 while not buffer:
@@ -320,11 +318,11 @@ class AsyncSynthgenClient:
                 if task is not None:
                     yield task
                 elif await asyncio.wrap_future(reading) == _READ_AHEAD:
-                    reading = self._start(self._long_calls, client, read)
+                    reading = self._start(self._long_calls, call, read)
                 else:
                     return
         finally:
-            client.cancel()
+            call.cancel()
             reading.add_done_callback(lambda _: tasks.close())  # now, or when the read that it is in ends
 
 
