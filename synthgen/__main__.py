@@ -4,7 +4,6 @@ Results go to stdout or into a file, everything else to stderr, so that ``synthg
 """
 
 import argparse
-import codecs
 import json
 import os
 import shlex
@@ -333,12 +332,10 @@ def _read_tasks(path: str, provider: Optional[str], api_key: Optional[str]) -> L
     name, tasks = "stdin" if path == "-" else path, []
     with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            if number == 1 and line.startswith(codecs.BOM_UTF8):
-                line = line[len(codecs.BOM_UTF8) :]
-            if not line.strip():
-                continue
             try:
-                tasks.append(_task(line.strip(), provider, api_key))
+                text = line.decode("utf-8-sig").strip()
+                if text:
+                    tasks.append(_task(text, provider, api_key))
             except (ValueError, RecursionError) as exc:
                 raise ConfigurationError(f"{name}, line {number}: {_reason(exc)}") from None
     if not tasks:
@@ -346,8 +343,8 @@ def _read_tasks(path: str, provider: Optional[str], api_key: Optional[str]) -> L
     return tasks
 
 
-def _task(line: bytes, provider: Optional[str], api_key: Optional[str]) -> Task:
-    fields = json.loads(line.decode("utf-8"))
+def _task(text: str, provider: Optional[str], api_key: Optional[str]) -> Task:
+    fields = json.loads(text)
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
     url = fields.get("url")
