@@ -98,7 +98,8 @@ def read_rows(content: bytes) -> List[Tuple[Any, ...]]:
         try:
             rows.append(_row(line.rstrip(b"\n")))
         except ValueError as exc:
-            errors.append(_line_error(number, str(exc)))
+            message = f"line {number}: {exc}"
+            errors.append({"type": "value_error", "loc": ["body", "file", number], "msg": message, "input": None})
             if len(errors) == _MAX_ERRORS:
                 break
     if errors:
@@ -106,10 +107,6 @@ def read_rows(content: bytes) -> List[Tuple[Any, ...]]:
     if not rows:
         raise invalid({"type": "value_error", "loc": ["body", "file"], "msg": "the file has no tasks", "input": None})
     return rows
-
-
-def _line_error(number: int, message: str) -> Dict[str, Any]:
-    return {"type": "value_error", "loc": ["body", "file", number], "msg": f"line {number}: {message}", "input": None}
 
 
 def _row(line: bytes) -> Tuple[Any, ...]:
