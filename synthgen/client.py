@@ -675,7 +675,7 @@ class SynthgenClient:
             response = session.request(
                 method,
                 self.base_url + path,
-                headers=dict(headers or {}, **{"User-Agent": f"synthgen-client/{__version__}"}),
+                headers={"User-Agent": f"synthgen-client/{__version__}", **(headers or {})},
                 # A callable: ~/.netrc would replace a header. Without a key a caller's session keeps its own.
                 auth=self._authorize if self._api_key or not session.auth else session.auth,
                 timeout=(_CONNECT_TIMEOUT, wait),
