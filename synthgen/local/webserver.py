@@ -27,20 +27,20 @@ __all__ = ["HTTPError", "Request", "Response", "WebServer", "json_response"]
 logger = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS = 200
-#: A connection that waits for its next request may be closed after so many seconds, if others wait for it.
+#: Seconds after which a connection without a request is closed: if others wait to be accepted, and in any case.
 _MIN_IDLE = 1.0
 _MAX_IDLE = 120.0
 _MAX_BACKLOG = 128
 _MAX_HEAD_BYTES = 128 << 10
 _MAX_BODY_BYTES = 256 << 20
-#: More than any body that is taken: how much is left of a request that made no sense.
+#: How much is left of a request that does not say its length: more than any body that is taken.
 _UNKNOWN = 1 << 62
 #: Seconds for a request's head; for its body, so many and one more for each 64 KiB; and for each write of an answer.
 _HEAD_SECONDS = 20.0
 _BODY_SECONDS = 60.0
 _BODY_BYTES_PER_SECOND = 64 << 10
 _WRITE_SECONDS = 300.0
-#: After an answer to a request whose body was not wanted, so much of it is read all the same.
+#: Seconds for which what is left of a request is read after its answer.
 _UNWANTED_SECONDS = 10.0
 
 
