@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 #: Seconds until a store that failed (a full disk) is tried again.
 _AGAIN = 1.0
-#: Seconds that `close` waits for the threads; only one that is just connecting can take longer, and none is left to do.
+#: Seconds that `close` waits for the threads. Only one that is just connecting can take longer, and it does no more.
 _JOIN_SECONDS = 2.0
 
 
@@ -64,8 +64,9 @@ class Workers:
         self._closing = threading.Event()
         #: Batches with tasks still to be read, each with the row id that was read last; the next one to read first.
         self._unread: OrderedDict[int, int] = OrderedDict((batch, 0) for batch in store.unfinished_batches())
+        #: The tasks that are out of the database, by row id, and how many of each batch are.
         self._out: Dict[int, _Task] = {}
-        self._out_of: CounterType[int] = Counter()
+        self._out_per_batch: CounterType[int] = Counter()
         self._ready: Deque[_Task] = deque()
         self._waiting: List[Tuple[float, int, _Task]] = []
         self._serial = itertools.count()
@@ -212,7 +213,7 @@ class Workers:
         wanted, count = 2 * self.count, 0
         share = max(wanted // max(len(self._unread), 1), 1)
         for batch, after in list(self._unread.items()):
-            limit = min(share, self._max_out - self._out_of[batch])
+            limit = min(share, self._max_out - self._out_per_batch[batch])
             rows = self._store.unfinished_tasks(batch, after, limit) if limit > 0 else []
             for row in rows:
                 if row["id"] not in self._out:  # read before it was known that the batch had grown
@@ -234,7 +235,7 @@ class Workers:
             task.result = self._store.cached(task.key)
         if task.id not in self._out:
             self._out[task.id] = task
-            self._out_of[batch_number(task.id)] += 1
+            self._out_per_batch[batch_number(task.id)] += 1
         if task.result is not None:
             self._store_result(task)
         elif is_led:
@@ -249,9 +250,9 @@ class Workers:
         if self._out.pop(task.id, None) is None:
             return
         batch = batch_number(task.id)
-        self._out_of[batch] -= 1
-        if not self._out_of[batch]:
-            del self._out_of[batch]
+        self._out_per_batch[batch] -= 1
+        if not self._out_per_batch[batch]:
+            del self._out_per_batch[batch]
         self._repeating.discard(task.id)
         self._unstored.discard(task.id)
         if self._leaders.get(task.key, (None,))[0] is task:
