@@ -38,7 +38,7 @@ class _Write(NamedTuple):
 
 
 class Database:
-    """The file, open until `close`; nobody but its owner can read it, and no other process can have it open so.
+    """The file, open until `close`. Only its owner can read it, and only one `Database` at a time can have it open.
 
     Args:
         path: Made if it is not there; ``:memory:`` is a private temporary file, gone when closed.
@@ -103,7 +103,7 @@ class Database:
         self._wiped.clear()
 
     def wait_until_wiped(self) -> None:
-        """Wait until nothing deleted is left on the disk, or for so long if a reader stands in the way."""
+        """Wait until nothing deleted is left on the disk; for `_WIPE_WAIT` at most, if a reader stands in the way."""
         self._wiped.wait(_WIPE_WAIT)
 
     # Opening.
