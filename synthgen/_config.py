@@ -85,7 +85,7 @@ def _checked_base_url(value: Any) -> str:
         raise ConfigurationError("the base URL holds a user name or password; give a session with its auth instead")
     try:
         parts = urlsplit(value)
-        parts.port  # noqa: B018 - raises for a port that is none
+        parts.port  # raises for a malformed one
     except ValueError as exc:
         raise ConfigurationError(f"base URL {value!r}: {exc}; {example}") from None
     plain = value.isprintable() and not any(char in value for char in " ?#")

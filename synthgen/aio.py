@@ -360,7 +360,7 @@ class _Call(SynthgenClient):
         if _in_a_loop() or not self.loop.is_running():
             raise RuntimeError("tasks from an async iterable can only be read in a thread, and while its loop runs")
         self._awaited = future = asyncio.run_coroutine_threadsafe(function(), self.loop)
-        if self._cancelled.is_set():  # just before that
+        if self._cancelled.is_set():  # since the check, when there was nothing to cancel yet
             future.cancel()
         return future.result()
 

@@ -122,7 +122,7 @@ def _row(line: bytes) -> Tuple[Any, ...]:
                 raise ValueError(f"'{name}' must be {wanted}")
         custom_id, method, url, body = task["custom_id"], task["method"], task["url"], _to_json(task["body"])
         api_key, dataset, source = task.get("api_key"), task.get("dataset"), _to_json(task.get("source"))
-        f"{custom_id}{method}{url}{dataset}".encode()
+        f"{custom_id}{method}{url}{dataset}".encode()  # raises for half of a surrogate pair
     except json.JSONDecodeError as exc:
         raise ValueError(f"not JSON: {exc.msg}, column {exc.colno}") from None
     except UnicodeDecodeError as exc:
