@@ -20,7 +20,7 @@ __all__ = ["API"]
 
 _OPEN_PATHS = ("/", "/health")
 _TASKS_PER_LINE = 100
-#: No page goes beyond this one, as in the framework.
+#: No page goes beyond the task of this number, as in the framework.
 _MAX_PAGED_TASKS = 10_000
 
 

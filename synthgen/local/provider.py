@@ -41,7 +41,7 @@ class CallPolicy(NamedTuple):
     backoff: float = 1.0
     longest_pause: float = 300.0
     connect_timeout: float = 10.0
-    #: For the next bytes, and for the whole answer, which is looked at every 64 KiB.
+    #: For the next bytes, and for the whole answer (checked every 64 KiB).
     read_timeout: float = 600.0
 
     def pause(self, tries: int, retry_after: float) -> float:
