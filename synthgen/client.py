@@ -441,7 +441,7 @@ class SynthgenClient:
         return refused or never_sent(exc.__cause__)
 
     def _repeats_uploads(self) -> bool:
-        """Whether an upload that failed may not have been the first try: a caller's adapter has its own policy."""
+        """Whether an upload may be sent more than once: by our policy, or by that of a caller's adapter."""
         if self._given_session is None:
             return self._idempotent_uploads
         adapter = self._given_session.get_adapter(self.base_url)
