@@ -85,6 +85,7 @@ class BatchWait:
 
         self.batch: Optional[Batch] = None
         self._counters: Optional[Tuple[int, ...]] = None
+        #: When a counter last changed; where the silence begins that may be a stall; when to look for results again.
         self._moved_at = self._quiet_since = self._not_before = time.monotonic()
         self._away_since: Optional[float] = None
         self._retry_after = 0.0
