@@ -14,7 +14,7 @@ _FAILURE_LENGTH = 120
 
 
 class Progress:
-    """What is known of a batch, and what follows from it, in words that are the same for every monitor."""
+    """What is known of a batch, and the words for it."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

@@ -35,7 +35,7 @@ __all__ = [
 LONGEST_RETRY_AFTER = 60.0
 _LONGEST_BACKOFF = 120.0
 
-#: How the request that is being made pauses before a repeat: urllib3 knows of no other way to end that early.
+#: Pauses the current request before a repeat; `aio` ends that early, and urllib3 takes no such function itself.
 pausing: "ContextVar[Callable[[float], None]]" = ContextVar("pausing", default=time.sleep)
 
 
