@@ -380,10 +380,8 @@ class _Call(SynthgenClient):
         self.batch_id = batch_id
         super()._upload(batch_id, lines, key)
 
-    def _stream_export(
-        self, batch_path: str, task_status: Optional[Union[TaskStatus, str]], retries: int, with_text: bool
-    ) -> Generator[Tuple[Dict[str, Any], str], None, None]:
-        with closing(super()._stream_export(batch_path, task_status, retries, with_text)) as stream:
+    def _stream_export(self, *args: Any, **options: Any) -> Generator[Tuple[Dict[str, Any], str], None, None]:
+        with closing(super()._stream_export(*args, **options)) as stream:
             for task in stream:
                 self._check()
                 yield task
