@@ -36,8 +36,6 @@ _JOIN_SECONDS = 2.0
 class _Task:
     """A task that is out of the database."""
 
-    __slots__ = ("id", "url", "api_key", "body", "use_cache", "track_progress", "key", "started_at", "tries", "result")
-
     def __init__(self, row: sqlite3.Row) -> None:
         self.id, self.url, self.api_key, self.body, self.use_cache, self.track_progress = row
         self.key = _cache_key(self.url, self.body)
