@@ -5,7 +5,7 @@ from typing import Callable, Deque, List, Optional, Tuple
 
 from .models import Batch, BatchCost, HealthResponse
 
-__all__ = ["Progress", "duration", "health_rows", "money", "plural", "printable", "shorten"]
+__all__ = ["Progress", "duration", "health_rows", "money", "plural", "printable"]
 
 #: Speed is measured over this many polls: four minutes at the client's usual interval.
 _SAMPLES = 120
@@ -121,7 +121,7 @@ class Progress:
 
     def _failure_rows(self) -> List[Tuple[str, str]]:
         texts = [
-            f"{count:,} x {shorten(error, _FAILURE_LENGTH)}"
+            f"{count:,} x {_shorten(error, _FAILURE_LENGTH)}"
             for error, count in self.failures.most_common(_FAILURES_SHOWN)
         ]
         more = len(self.failures) - len(texts)
@@ -158,7 +158,7 @@ def printable(text: str, encoding: Optional[str] = None) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def shorten(text: str, length: int) -> str:
+def _shorten(text: str, length: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 3] + "..."
 
