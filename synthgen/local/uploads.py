@@ -61,6 +61,7 @@ def _parts(body: bytes, boundary: str) -> Iterator[Tuple[Any, Any, bytes]]:
         delimiter = b"\r\n--" + boundary.encode("ascii")
     except UnicodeEncodeError:
         raise _not_a_form() from None
+    # At the very start the first delimiter has no line break before it.
     end = 0 if body.startswith(delimiter[2:]) else body.find(delimiter)
     start = end + len(delimiter) - (0 if end else 2)
     for _ in range(_MAX_PARTS):
