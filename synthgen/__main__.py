@@ -48,19 +48,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         with _signals():
             code: int = args.command(args)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as it is when closed
+                sys.stdout.flush()
             return code
     except KeyboardInterrupt:
         _say("interrupted")
         return _INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
+        _give_up_stdout()
         return _OK
     except SynthgenError as exc:
         # What an upload's error says of going on is for scripts.
         _say(f"error: {exc.__cause__ or exc}" if isinstance(exc, BatchUploadError) else f"error: {exc}")
         return _exit_code(exc)
     except OSError as exc:  # a file, a port
+        _give_up_stdout()
         _say(f"error: {exc.filename}: {exc.strerror}" if exc.filename and exc.strerror else f"error: {exc}")
         return _REFUSED
     except ValueError as exc:  # an id
@@ -252,7 +254,7 @@ def _refuse_unfinished(database: str) -> None:
 
 
 def _database(args: argparse.Namespace) -> str:
-    name: str = args.output or ("synthgen" if args.tasks == "-" else args.tasks)
+    name: str = args.output or ("synthgen-stdin" if args.tasks == "-" else args.tasks)
     return args.db or f"{name}.db"
 
 
@@ -277,14 +279,18 @@ def _follow(args: argparse.Namespace, client: SynthgenClient, tasks: Optional[Li
             stall_timeout=args.stall_timeout,
             monitor=monitor,
         )
-    except (KeyboardInterrupt, BatchStalledError, BatchTimeoutError, BatchUploadError):
+    except (KeyboardInterrupt, BatchStalledError, BatchTimeoutError, BatchUploadError) as exc:
         progress = monitor.progress
         if args.batch or (progress.batch_id and progress.uploaded == progress.to_upload):
             _say(f"to go on: {_command(args.argv if args.batch else [*args.argv, '--batch', progress.batch_id])}")
         elif progress.batch_id:
-            _say(f"batch {progress.batch_id}: {progress.uploaded_text()}. To start again: {_command(args.argv)}")
+            perhaps_more = not isinstance(exc, BatchUploadError) or bool(exc.unconfirmed)
+            _say(f"batch {progress.batch_id}: {progress.uploaded_text()}" + ", perhaps more" * perhaps_more)
             if args.local:  # so that no part of it is run beside the whole
                 client.delete_batch(progress.batch_id)
+            elif progress.uploaded or perhaps_more:
+                _say(f"they run, and are paid for: see `synthgen watch {progress.batch_id}` before you start again")
+            _say(f"to start again: {_command(args.argv)}")
         raise
 
 
@@ -304,6 +310,15 @@ def _exit_code(error: SynthgenError) -> int:
     if isinstance(error, (AuthenticationError, ConfigurationError, InvalidRequestError, MissingDependencyError)):
         return _REFUSED
     return _UNREACHABLE
+
+
+def _give_up_stdout() -> None:
+    """Let what it can't take go nowhere: the flush at exit would fail again, and have another exit code."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -390,6 +405,8 @@ def _environment_key(name: Optional[str]) -> Optional[str]:
 def _output(args: argparse.Namespace) -> Iterator[BinaryIO]:
     """Where results go. A file that can't be written is found out now, and is there only when all is in it."""
     if args.output is None:
+        if sys.stdout is None:
+            raise ConfigurationError("stdout is closed: -o says where the results go")
         yield sys.stdout.buffer
         return
     if os.path.exists(args.output) and not (args.force and os.path.isfile(args.output)):
@@ -401,6 +418,7 @@ def _output(args: argparse.Namespace) -> Iterator[BinaryIO]:
 def _write_lines(file: BinaryIO, results: Iterable[TaskResponse]) -> None:
     for result in results:
         file.write(json.dumps(result.model_dump(mode="json")).encode("ascii") + b"\n")
+    file.flush()  # it may fail, and what could give them again is removed after this
 
 
 def _print_json(model: BaseModel) -> int:
@@ -424,7 +442,10 @@ def _numbers(*numbers: int) -> List[str]:
 
 
 def _say(text: str) -> None:
-    print(printable(text, sys.stderr.encoding), file=sys.stderr, flush=True)  # Python 3.8 would keep it from a log
+    if sys.stderr is None:  # as it is when closed
+        return
+    with suppress(OSError):  # nobody reads it
+        print(printable(text, sys.stderr.encoding), file=sys.stderr, flush=True)  # Python 3.8 would keep it from a log
 
 
 # --------------------------------------------------------------------------------------------- parser

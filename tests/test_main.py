@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from servers import DEADLINE, Answer, CannedServer
+from servers import DEADLINE, DROP, Answer, CannedServer
 
 from synthgen import Task, __version__
 from synthgen.__main__ import main
@@ -89,7 +89,9 @@ def start(*argv, **options):
 
 
 def process_environment():
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment.pop("PYTHONUNBUFFERED", None)  # usual in containers, but not where most people are
+    return environment
 
 
 def read_lines(text):
@@ -433,6 +435,57 @@ def test_a_run_out_of_time_says_how_to_go_on(local, provider, stalled, capsys):
     assert main(command[1 : command.index("--timeout")] + command[-2:]) == 0
     assert read_lines(capsys.readouterr().out)[0]["custom_id"] == "one"
     assert len(provider.requests) == 1
+
+
+def test_an_upload_whose_answer_is_lost_may_be_running(server, provider, monkeypatch, capsys):
+    """To start again might pay twice: it is said how to look first."""
+    monkeypatch.setenv("SYNTHGEN_BASE_URL", server.url)
+    server.answer("GET", "/health", {"status": "healthy"})
+    server.answer("POST", "/api/v1/batches", DROP)
+
+    assert main(["run", write_tasks(provider, "one", "two")]) == 3
+
+    said = capsys.readouterr().err
+    assert "0 of 2 tasks uploaded, perhaps more" in said and "see `synthgen watch " in said
+
+
+def test_an_upload_that_is_refused_can_be_started_again(server, provider, monkeypatch, capsys):
+    """Nothing of it runs."""
+    monkeypatch.setenv("SYNTHGEN_BASE_URL", server.url)
+    server.answer("GET", "/health", {"status": "healthy"})
+    server.answer("POST", "/api/v1/batches", Answer({"detail": "no"}, 401))
+
+    assert main(["run", write_tasks(provider, "one", "two")]) == 2
+
+    said = capsys.readouterr().err
+    assert "0 of 2 tasks uploaded\n" in said and "watch" not in said and "to start again: synthgen run" in said
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_results_that_stdout_cant_take_are_kept(provider):
+    """They were paid for: the database stays."""
+    with open("/dev/full", "w") as full:
+        process = start("run", write_tasks(provider, "one"), "--local", stdout=full)
+        _, err = process.communicate(timeout=DEADLINE)
+
+    assert process.returncode == 2, err
+    assert "No space left" in err and "Traceback" not in err
+    assert os.path.exists("tasks.jsonl.db")
+
+
+def test_a_run_needs_no_stdout_where_there_is_a_file(provider):
+    """``synthgen run ... -o OUT >&-``; stderr may be closed, too."""
+    command = [sys.executable, "-m", "synthgen", "run", write_tasks(provider, "one"), "--local"]
+    environment = process_environment()
+
+    assert subprocess.call([*command, "-o", "out.jsonl"], env=environment, preexec_fn=close_output) == 0
+    assert os.path.exists("out.jsonl")
+    assert subprocess.call(command, env=environment, preexec_fn=close_output) == 2
+
+
+def close_output():
+    os.close(1)
+    os.close(2)
 
 
 # serve
