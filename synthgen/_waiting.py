@@ -134,8 +134,9 @@ class BatchWait:
             if self.batch is not None:  # else: not ingested yet
                 raise
         except AWAY_ERRORS as exc:
-            self._went_away(exc)
-            return
+            if self.batch is not None or not _has_no_index(exc):  # else: not ingested yet
+                self._went_away(exc)
+                return
         now = time.monotonic()
         if self._away_since is not None:
             self._monitor.note(f"the server is back after {now - self._away_since:.0f} s")
@@ -258,6 +259,11 @@ def _counters(batch: Optional[Batch]) -> Optional[Tuple[int, ...]]:
         batch.cached_tasks,
         batch.failed_tasks,
     )
+
+
+def _has_no_index(error: APIError) -> bool:
+    """Whether the framework is new: any read fails until it has ingested its first task."""
+    return "index_not_found_exception" in error.message
 
 
 def _knows_queues(health: HealthResponse) -> bool:

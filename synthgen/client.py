@@ -249,8 +249,8 @@ class SynthgenClient:
         if monitor is None and show_progress:
             monitor = choose_monitor()
         with _watching(monitor) as told:
-            self._show_health(told, required=submit)
             if submit and todo is not None:
+                self._show_health(told, required=True)
                 self._create_batch(todo, chunk_size, batch_id, None, told)
             wait = BatchWait(
                 lambda read_timeout: self._get_batch(_batch_path(batch_id), retries=0, read_timeout=read_timeout),
@@ -265,6 +265,8 @@ class SynthgenClient:
                 stall_timeout=stall_timeout,
             )
             try:
+                if not submit:
+                    self._show_health(told, required=False)
                 results = self._collect(wait, batch_id, todo, told)
             except KeyboardInterrupt:
                 how = f"monitor_batch({'' if todo is None else 'tasks=tasks, '}batch_id={batch_id!r})"
