@@ -5,6 +5,7 @@ All times are in seconds unless a name says otherwise.
 """
 
 import errno
+import io
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from urllib.parse import quote
 import requests
 from pydantic import BaseModel
 from requests.adapters import HTTPAdapter
+from urllib3.filepost import encode_multipart_formdata
 
 from . import __version__
 from ._answers import WIRE_ERRORS, check_status, no_answer, parse, read_json
@@ -423,13 +425,9 @@ class SynthgenClient:
         return BulkTaskResponse(batch_id=batch_id, total_tasks=uploaded)
 
     def _upload(self, batch_id: str, lines: bytes, key: str) -> None:
-        data = self._request(
-            "POST",
-            _BATCHES,
-            params={"batch_id": batch_id},
-            files={"file": ("batch.jsonl", lines, "application/x-jsonlines")},
-            headers={"Idempotency-Key": key},
-        )
+        body, content_type = encode_multipart_formdata({"file": ("batch.jsonl", lines, "application/x-jsonlines")})
+        headers = {"Idempotency-Key": key, "Content-Type": content_type}
+        data = self._request("POST", _BATCHES, params={"batch_id": batch_id}, body=body, headers=headers)
         what = self._name("POST", _BATCHES)
         taken = parse(BulkTaskResponse, data, what)
         if taken.batch_id != batch_id:
@@ -666,6 +664,7 @@ class SynthgenClient:
         retries: int,
         headers: Optional[Dict[str, str]] = None,
         read_timeout: Optional[float] = None,
+        body: Optional[bytes] = None,
         **options: Any,
     ) -> requests.Response:
         """Send a request, and return the answer when its headers are there, whatever the status."""
@@ -677,6 +676,8 @@ class SynthgenClient:
             response = session.request(
                 method,
                 self.base_url + path,
+                # A file is sent piece by piece; bytes would all have to go within the connect time-out.
+                data=None if body is None else io.BytesIO(body),
                 headers={"User-Agent": f"synthgen-client/{__version__}", **(headers or {})},
                 # A callable: ~/.netrc would replace a header. Without a key a caller's session keeps its own.
                 auth=self._authorize if self._api_key or not session.auth else session.auth,

@@ -5,12 +5,13 @@ import json
 import pickle
 import socket
 import threading
+import time
 
 import pytest
 import requests
 from builders import task, tasks
 from requests.adapters import HTTPAdapter
-from servers import DROP, Answer
+from servers import DEADLINE, DROP, Answer
 from urllib3.util import Retry
 
 from synthgen import Monitor, SynthgenClient, Task
@@ -122,6 +123,54 @@ def test_an_upload_is_a_jsonl_file(server, client):
 
     assert b'filename="batch.jsonl"' in server.requests[0].body
     assert server.requests[0].headers["Content-Type"].startswith("multipart/form-data")
+
+
+class SlowLine:
+    """Takes one upload, at so many bytes a second, and how long that took."""
+
+    def __init__(self, bytes_per_second):
+        self._pause = 65536 / bytes_per_second
+        self.seconds = 0.0
+        self._listener = socket.socket()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(1)
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info):
+        self._thread.join(DEADLINE)
+        self._listener.close()
+
+    def _serve(self):
+        connection, _ = self._listener.accept()
+        started = time.monotonic()
+        with connection:
+            connection.settimeout(DEADLINE)
+            received = b""
+            while not received.endswith(b"--\r\n"):  # of the form's end
+                part = connection.recv(65536)
+                if not part:
+                    return
+                received = received[-10:] + part
+                time.sleep(self._pause)
+            self.seconds = time.monotonic() - started
+            body = json.dumps({"batch_id": "b", "total_tasks": 1}).encode("ascii")
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+
+@pytest.mark.slow
+def test_sending_may_take_longer_than_connecting(monkeypatch):
+    """On a slow line: a time-out is that nothing moves, not that all of an upload takes long."""
+    monkeypatch.setattr("synthgen.client._CONNECT_TIMEOUT", 1.0)
+    with SlowLine(bytes_per_second=5 << 20) as line, SynthgenClient(line.url, retries=0) as client:
+        client.create_batch([task("x" * (20 << 20))], batch_id="b")
+
+    assert line.seconds > 1.0
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """One call to a model provider, and what its answer means."""
 
 import contextlib
+import io
 import ipaddress
 import json
 import random
@@ -100,7 +101,7 @@ class Provider:
         host = urlsplit(url).hostname or ""
         return self._session.post(
             url,
-            data=body.encode("ascii"),
+            data=io.BytesIO(body.encode("ascii")),  # sent piece by piece, not all within the connect time-out
             headers={"Content-Type": "application/json"},
             auth=partial(_authorize, api_key),
             proxies={"no_proxy": host} if _is_loopback(host) else None,
