@@ -21,7 +21,7 @@ from .exceptions import (
     ServerError,
 )
 
-__all__ = ["WIRE_ERRORS", "check_status", "no_answer", "parse", "read_json"]
+__all__ = ["WIRE_ERRORS", "asked_pause", "check_status", "no_answer", "parse", "read_json"]
 
 #: All that requests and urllib3 raise for what happens on the wire; requests' own errors are OSErrors too.
 WIRE_ERRORS = (requests.RequestException, HTTPError, OSError)
@@ -128,6 +128,11 @@ def no_answer(error: Exception, what: str, read_timeout: float) -> ConnectionFai
     else:
         reason = f"no answer: {reason}"
     return ConnectionFailedError(f"{what}: {reason}")
+
+
+def asked_pause(error: APIError) -> float:
+    """For how many seconds the server asks to wait before a repeat; 0 where it does not."""
+    return parse_retry_after(error.response.headers.get("Retry-After", "")) if error.response else 0.0
 
 
 def _error_response(response: requests.Response, body: bytes, api_key: Optional[str]) -> ErrorResponse:

@@ -116,7 +116,7 @@ def parse_retry_after(text: str) -> float:
     except ValueError:
         try:
             seconds = Retry().parse_retry_after(text)
-        except (InvalidHeader, ValueError, OverflowError):
+        except (InvalidHeader, ValueError, OverflowError, IndexError):
             return 0.0
     return 0.0 if math.isnan(seconds) else max(seconds, 0.0)
 

@@ -25,11 +25,11 @@ from requests.adapters import HTTPAdapter
 from urllib3.filepost import encode_multipart_formdata
 
 from . import __version__
-from ._answers import WIRE_ERRORS, check_status, no_answer, parse, read_json
+from ._answers import WIRE_ERRORS, asked_pause, check_status, no_answer, parse, read_json
 from ._chunks import Chunks, as_task
 from ._config import read_config
 from ._matching import match
-from ._retry import backoff_time, innermost, may_have_arrived, never_sent, pausing, retry_policy
+from ._retry import LONGEST_RETRY_AFTER, backoff_time, innermost, may_have_arrived, never_sent, pausing, retry_policy
 from ._stream import iter_tasks
 from ._waiting import AWAY_ERRORS, BatchWait, describe_queues
 from .exceptions import (
@@ -459,7 +459,7 @@ class SynthgenClient:
                 if repeats > self._retries or never_sent(exc.__cause__):
                     raise
                 monitor.note(f"no answer yet, trying again: {exc}")
-                self._pause(repeats)
+                self._pause(repeats, exc)
         monitor.health(health)
         stores = {"Elasticsearch": health.services.elasticsearch, "RabbitMQ": health.services.rabbitmq}
         down = [name for name, status in stores.items() if status == HealthStatus.UNHEALTHY]
@@ -558,8 +558,8 @@ class SynthgenClient:
                 if repeats >= self._retries or is_final:
                     raise
                 logger.debug("reading the export again: %s", exc)
-            repeats += 1
-            self._pause(repeats)
+                repeats += 1
+                self._pause(repeats, exc)
 
     def _stream_export(
         self, batch_path: str, task_status: Optional[Union[TaskStatus, str]], retries: int, with_text: bool
@@ -596,8 +596,12 @@ class SynthgenClient:
             raise NotFoundError(f"{what}: {null}", status_code=404)
         return parse(model, data, what)
 
-    def _pause(self, repeats: int) -> None:
-        self._sleep(backoff_time(self._backoff_factor, repeats))
+    def _pause(self, repeats: int, error: APIError) -> None:
+        """Before a repeat, for as long as the server asks for, or the backoff; raise the error if that is too long."""
+        asked = asked_pause(error)
+        if asked > LONGEST_RETRY_AFTER:
+            raise error
+        self._sleep(asked or backoff_time(self._backoff_factor, repeats))
 
     def _sleep(self, seconds: float) -> None:
         """Every pause between requests; `aio` can end one early."""
@@ -649,12 +653,12 @@ class SynthgenClient:
             check_status(response, what, self._api_key)
             try:
                 return read_json(response, what, self._api_key)
-            except (ConnectionFailedError, InvalidResponseError):
+            except (ConnectionFailedError, InvalidResponseError) as exc:
                 if left <= 0 or (method == "POST" and not self._idempotent_uploads):
                     raise
-            lost = True
-            left -= 1
-            self._pause(self._retries - left)
+                lost = True
+                left -= 1
+                self._pause(self._retries - left, exc)
 
     def _send(
         self,

@@ -181,6 +181,33 @@ def test_streams_that_bring_something_new_are_read_again_for_as_long_as_they_do(
     assert ids(client.iter_batch_tasks("b")) == [str(number) for number in range(6)]
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_asked_to_wait_for_long_a_broken_stream_is_given_up(server, client, status):
+    """As any other request is: at once, and not after so many repeats."""
+    server.answer("GET", PATH, batch(2))
+    server.answer("GET", EXPORT, stream(1, cut_off=True), Answer(None, status, {"Retry-After": "61"}))
+
+    with pytest.raises(APIError) as caught:
+        list(client.iter_batch_tasks("b"))
+
+    assert caught.value.status_code == status
+    assert exports(server) == 2
+
+
+def test_a_broken_stream_is_read_again_when_the_server_says(server, monkeypatch):
+    """After Retry-After, in place of the client's own pause."""
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    server.answer("GET", PATH, batch(2))
+    busy = Answer(None, 429, {"Retry-After": "4"})
+    server.answer("GET", EXPORT, stream(1, cut_off=True), busy, stream(1, 2))
+
+    with SynthgenClient(server.url) as client:
+        assert ids(client.iter_batch_tasks("b")) == ["1", "2"]
+
+    assert pauses == [0.0, 4.0]
+
+
 def test_with_retries_0_a_stream_is_read_once(server):
     """None means none."""
     server.answer("GET", PATH, batch(2))
