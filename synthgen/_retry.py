@@ -11,6 +11,7 @@ from urllib3.exceptions import (
     ConnectTimeoutError,
     InvalidHeader,
     MaxRetryError,
+    ProxyError,
     ReadTimeoutError,
     ResponseError,
     SSLError,
@@ -68,8 +69,9 @@ class RetryPolicy(Retry):
         return backoff_time(self.backoff_factor, len(self.history))
 
     def _is_read_error(self, err: Exception) -> bool:
-        # urllib3 counts TLS errors as "other", and "other" for any method: an upload would be sent again.
-        return super()._is_read_error(err) or (isinstance(err, SSLError) and not _is_certificate_error(err))
+        # urllib3 counts these as "other", and "other" for any method: an upload would be sent again.
+        is_other = isinstance(err, (ProxyError, SSLError)) and not _is_certificate_error(err)
+        return super()._is_read_error(err) or is_other
 
 
 def retry_policy(retries: int, backoff_factor: float, *, idempotent_uploads: bool = False) -> RetryPolicy:

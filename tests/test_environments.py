@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
-from servers import DEADLINE, Answer, CannedServer
+from servers import DEADLINE, DROP, RESET, Answer, CannedServer
 
-from synthgen import ConnectionFailedError, SynthgenClient, Task
+from synthgen import BatchUploadError, ConnectionFailedError, SynthgenClient, Task
 from synthgen.local import DemoProvider, LocalServer
 
 pytestmark = pytest.mark.slow
@@ -85,6 +85,22 @@ def test_a_server_in_no_proxy_is_asked_directly(server, monkeypatch):
             client.check_health()
 
     assert [request.path for request in server.requests] == ["/health", "/health"]
+
+
+@pytest.mark.parametrize("fault", [DROP, RESET], ids=["drop", "reset"])
+def test_what_breaks_off_behind_a_proxy_is_asked_for_again(server, monkeypatch, fault):
+    """As without one, though urllib3 calls it a fault of the proxy; but an upload may have been taken."""
+    server.answer("GET", "/api/v1/batches", fault, fault, {"total": 0, "batches": []})
+    server.answer("POST", "/api/v1/batches", fault)
+    monkeypatch.setenv("http_proxy", server.url)
+
+    with SynthgenClient("http://synthgen.test:8002", retries=2, backoff_factor=0) as client:
+        assert client.get_batches().total == 0
+        with pytest.raises(BatchUploadError) as caught:
+            client.create_batch([Task(url="http://provider.test", body={})])
+
+    assert len(caught.value.unconfirmed) == 1
+    assert [request.method for request in server.requests] == ["GET", "GET", "GET", "POST"]
 
 
 def test_a_proxy_that_is_not_there_is_said_to_be_so(monkeypatch):
