@@ -692,7 +692,12 @@ class SynthgenClient:
                 **options,
             )
         except WIRE_ERRORS as exc:
-            raise no_answer(exc, self._name(method, path), wait) from exc
+            if not isinstance(exc, requests.HTTPError) or exc.response is None:
+                raise no_answer(exc, self._name(method, path), wait) from exc
+            response = exc.response  # a hook of the caller's session raised for its status
+        except ValueError:  # not shown: a proxy's URL may hold a password
+            what = self._name(method, path)
+            raise InvalidResponseError(f"{what}: redirects to a malformed URL, or the proxy has one") from None
         finally:
             pausing.reset(pauses)
         response.raw.enforce_content_length = True  # urllib3 1.26 would end a short body without an error

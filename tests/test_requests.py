@@ -13,7 +13,7 @@ from builders import batch, framework_task, task
 from servers import DROP, Answer
 
 import synthgen
-from synthgen import SynthgenClient
+from synthgen import SynthgenClient, Task
 from synthgen.exceptions import (
     APIError,
     AuthenticationError,
@@ -219,6 +219,15 @@ def test_a_redirect_is_not_followed(server, client, status, method, ask):
 
     assert len(server.requests) == 1
     assert caught.value.status_code == status
+
+
+@pytest.mark.parametrize("location", ["http://[bad", "/caf\xe9"])
+def test_a_redirect_to_a_malformed_url_is_no_answer_either(server, client, location):
+    """requests parses it all the same."""
+    server.answer("GET", "/api/v1/batches", Answer(None, 302, {"Location": location}))
+
+    with pytest.raises(InvalidResponseError, match="malformed URL"):
+        client.get_batches()
 
 
 @pytest.mark.parametrize("method", ["get_batch", "get_task"])
@@ -434,6 +443,25 @@ def test_a_session_of_your_own_is_left_as_it_was(server):
         with SynthgenClient(server.url, KEY, session=session) as client:
             client.get_batches()
         assert state(session) == before and closed == []
+
+
+def test_a_session_of_your_own_may_raise_for_a_status(server):
+    """By a hook, as many do: the error is the one that the status stands for."""
+    server.answer("GET", "/api/v1/batches", Answer({"detail": "no"}, 401))
+    with requests.Session() as session:
+        session.hooks["response"] = lambda response, **options: response.raise_for_status()
+        with pytest.raises(AuthenticationError, match="401, no"):
+            SynthgenClient(server.url, session=session).get_batches()
+
+
+def test_a_session_of_your_own_may_say_what_it_usually_sends(server):
+    """An upload is a form nevertheless."""
+    server.answer("POST", "/api/v1/batches", lambda request: {**request.query, "total_tasks": len(request.lines)})
+    with requests.Session() as session:
+        session.headers["Content-Type"] = "application/json"
+        created = SynthgenClient(server.url, session=session).create_batch([Task(url="http://p.test", body={})])
+
+    assert created.total_tasks == 1
 
 
 def test_a_session_of_your_own_keeps_its_authorization_where_there_is_no_key(server):
