@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from contextlib import closing, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
 from pydantic import BaseModel, ValidationError
@@ -460,24 +461,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"synthgen-client {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def command(run: Callable[[argparse.Namespace], int], help: str, example: str, *parents: Any) -> Any:
-        name = run.__name__.lstrip("_")
-        added = commands.add_parser(
-            name,
-            help=help,
-            description=help[0].upper() + help[1:] + ".",
-            epilog=f"example:\n  synthgen {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            parents=parents,
-        )
-        added.set_defaults(command=run)
-        return added
-
+    command = partial(_add_command, commands)
     server, batch, follow, output, as_json = _shared_options()
     demo = command(_demo, "run the whole job on this machine: no server, model or key", "demo 'solve 7x - 3 = 25'")
     demo.add_argument("equations", nargs="*", default=_DEMO, metavar="EQUATION", help="to be solved; by default ten")
-
     run = command(
         _run,
         "run the tasks of a file, and write one result per task, in their order",
@@ -486,21 +473,11 @@ def _parser() -> argparse.ArgumentParser:
         output,
         follow,
     )
-    run.add_argument("tasks", metavar="TASKS.jsonl", help=_TASKS_HELP)
-    run.add_argument("--local", action="store_true", help="start a server on this machine for this run")
-    run.add_argument("--db", metavar="FILE", help="its database; by default a file beside OUT, removed after the run")
-    run.add_argument("--batch", metavar="ID", help="send nothing: come back to this batch of the same tasks")
-    run.add_argument("--provider", metavar="URL", type=_url, help="what a relative url is appended to")
-    run.add_argument("--key-env", metavar="NAME", help="environment variable with the key for tasks that have none")
-
+    _add_run_options(run)
     serve = command(
         _serve, "start a server on this machine; its key is SYNTHGEN_API_KEY, or made up", "serve --db batches.db"
     )
-    serve.add_argument("--db", metavar="FILE", help="where batches are kept; by default they are gone at the end")
-    serve.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at (default: %(default)s)")
-    serve.add_argument("--port", default=_PORT, type=int, metavar="P", help="0 takes a free one (default: %(default)s)")
-    serve.add_argument("--workers", default=16, type=int, metavar="N", help="calls at a time (default: %(default)s)")
-
+    _add_serve_options(serve)
     command(_watch, "watch a batch until it ends", "watch BATCH_ID --timeout 3600", server, batch, follow)
     export = command(
         _export, "write the tasks of a batch, with their results", "export BATCH_ID | jq .status", server, batch, output
@@ -516,6 +493,38 @@ def _parser() -> argparse.ArgumentParser:
     delete = command(_delete, "delete a batch with its tasks and results", "delete BATCH_ID", server, batch)
     delete.add_argument("--force", action="store_true", help="even if it is running, though its calls may go on")
     return parser
+
+
+def _add_command(
+    commands: Any, run: Callable[[argparse.Namespace], int], help: str, example: str, *parents: argparse.ArgumentParser
+) -> argparse.ArgumentParser:
+    """Add the command that a function runs, under the function's name."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        run.__name__.lstrip("_"),
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=f"example:\n  synthgen {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=parents,
+    )
+    command.set_defaults(command=run)
+    return command
+
+
+def _add_run_options(run: argparse.ArgumentParser) -> None:
+    run.add_argument("tasks", metavar="TASKS.jsonl", help=_TASKS_HELP)
+    run.add_argument("--local", action="store_true", help="start a server on this machine for this run")
+    run.add_argument("--db", metavar="FILE", help="its database; by default a file beside OUT, removed after the run")
+    run.add_argument("--batch", metavar="ID", help="send nothing: come back to this batch of the same tasks")
+    run.add_argument("--provider", metavar="URL", type=_url, help="what a relative url is appended to")
+    run.add_argument("--key-env", metavar="NAME", help="environment variable with the key for tasks that have none")
+
+
+def _add_serve_options(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("--db", metavar="FILE", help="where batches are kept; by default they are gone at the end")
+    serve.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at (default: %(default)s)")
+    serve.add_argument("--port", default=_PORT, type=int, metavar="P", help="0 takes a free one (default: %(default)s)")
+    serve.add_argument("--workers", default=16, type=int, metavar="N", help="calls at a time (default: %(default)s)")
 
 
 def _shared_options() -> List[argparse.ArgumentParser]:
