@@ -29,6 +29,7 @@ from typing import (
     TypeVar,
     Union,
 )
+from weakref import WeakKeyDictionary
 
 import requests
 
@@ -109,9 +110,8 @@ class AsyncSynthgenClient:
         )
         self.base_url = self._client.base_url
         self.timeout = self._client.timeout
-        name = type(self).__name__
-        self._short_calls = ThreadPoolExecutor(_SHORT_CALLS_AT_ONCE, thread_name_prefix=name)
-        self._long_calls = ThreadPoolExecutor(_UNLIMITED, thread_name_prefix=name)  # a thread each
+        self._threads = ThreadPoolExecutor(_UNLIMITED, thread_name_prefix=type(self).__name__)
+        self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
         self._running: Dict[Future[Any], _Call] = {}
         self._closed = False
 
@@ -131,8 +131,7 @@ class AsyncSynthgenClient:
             call.cancel()
         try:
             await asyncio.gather(*map(asyncio.wrap_future, list(self._running)), return_exceptions=True)
-            self._short_calls.shutdown()  # at once: the threads have nothing left to do
-            self._long_calls.shutdown()
+            self._threads.shutdown()  # at once: they have nothing left to do
         finally:
             self._client.close()
 
@@ -140,7 +139,7 @@ class AsyncSynthgenClient:
 
     @_like(SynthgenClient.check_health)
     async def check_health(self) -> HealthResponse:
-        return await self._run(self._short_calls, lambda client: client.check_health())
+        return await self._run_short(lambda client: client.check_health())
 
     @_like(SynthgenClient.create_batch)
     async def create_batch(
@@ -153,7 +152,6 @@ class AsyncSynthgenClient:
         monitor: Optional[Monitor] = None,
     ) -> BulkTaskResponse:
         return await self._run(
-            self._long_calls,
             lambda client: client.create_batch(
                 client.iterable(tasks),
                 chunk_size,
@@ -179,7 +177,6 @@ class AsyncSynthgenClient:
         monitor: Optional[Monitor] = None,
     ) -> List[TaskResponse]:
         return await self._run(
-            self._long_calls,
             lambda client: client.monitor_batch(
                 None if tasks is None else client.iterable(tasks),
                 batch_id,
@@ -196,11 +193,11 @@ class AsyncSynthgenClient:
 
     @_like(SynthgenClient.get_batches)
     async def get_batches(self) -> BatchList:
-        return await self._run(self._short_calls, lambda client: client.get_batches())
+        return await self._run_short(lambda client: client.get_batches())
 
     @_like(SynthgenClient.get_batch)
     async def get_batch(self, batch_id: str) -> Batch:
-        return await self._run(self._short_calls, lambda client: client.get_batch(batch_id))
+        return await self._run_short(lambda client: client.get_batch(batch_id))
 
     @_like(SynthgenClient.iter_batch_tasks)
     def iter_batch_tasks(
@@ -217,9 +214,7 @@ class AsyncSynthgenClient:
         *,
         monitor: Optional[Monitor] = None,
     ) -> List[TaskResponse]:
-        return await self._run(
-            self._long_calls, lambda client: client.get_batch_tasks(batch_id, task_status, monitor=monitor)
-        )
+        return await self._run(lambda client: client.get_batch_tasks(batch_id, task_status, monitor=monitor))
 
     @_like(SynthgenClient.export_batch)
     async def export_batch(
@@ -230,9 +225,7 @@ class AsyncSynthgenClient:
         *,
         monitor: Optional[Monitor] = None,
     ) -> int:
-        return await self._run(
-            self._long_calls, lambda client: client.export_batch(batch_id, path, task_status, monitor=monitor)
-        )
+        return await self._run(lambda client: client.export_batch(batch_id, path, task_status, monitor=monitor))
 
     @_like(SynthgenClient.get_batch_stats)
     async def get_batch_stats(
@@ -241,34 +234,34 @@ class AsyncSynthgenClient:
         time_range: str = "24h",
         interval: Union[CalendarInterval, str] = CalendarInterval.HOUR_SHORT,
     ) -> UsageStatsResponse:
-        return await self._run(self._short_calls, lambda client: client.get_batch_stats(batch_id, time_range, interval))
+        return await self._run_short(lambda client: client.get_batch_stats(batch_id, time_range, interval))
 
     @_like(SynthgenClient.delete_batch)
     async def delete_batch(self, batch_id: str) -> None:
-        await self._run(self._short_calls, lambda client: client.delete_batch(batch_id))
+        await self._run_short(lambda client: client.delete_batch(batch_id))
 
     # Single tasks.
 
     @_like(SynthgenClient.get_task)
     async def get_task(self, message_id: str) -> TaskResponse:
-        return await self._run(self._short_calls, lambda client: client.get_task(message_id))
+        return await self._run_short(lambda client: client.get_task(message_id))
 
     @_like(SynthgenClient.delete_task)
     async def delete_task(self, message_id: str) -> None:
-        await self._run(self._short_calls, lambda client: client.delete_task(message_id))
+        await self._run_short(lambda client: client.delete_task(message_id))
 
     @_like(SynthgenClient.get_task_stats)
     async def get_task_stats(self) -> TaskStatsResponse:
-        return await self._run(self._short_calls, lambda client: client.get_task_stats())
+        return await self._run_short(lambda client: client.get_task_stats())
 
     # Threads.
 
-    async def _run(self, executor: ThreadPoolExecutor, function: Callable[["_Call"], _Result]) -> _Result:
+    async def _run(self, function: Callable[["_Call"], _Result]) -> _Result:
         """The result of a function that gets the client as this call has it, in a thread."""
         call = _Call(self._client)
         call.loop = asyncio.get_running_loop()
         try:
-            return await asyncio.wrap_future(self._start(executor, call, lambda: function(call)))
+            return await asyncio.wrap_future(self._start(call, lambda: function(call)))
         except asyncio.CancelledError as exc:
             call.cancel()
             if call.batch_id is None:
@@ -278,10 +271,18 @@ class AsyncSynthgenClient:
                 f"come back to it with monitor_batch(batch_id={call.batch_id!r})"
             ) from exc
 
-    def _start(self, executor: ThreadPoolExecutor, call: "_Call", function: Callable[[], _Result]) -> "Future[_Result]":
+    async def _run_short(self, function: Callable[["_Call"], _Result]) -> _Result:
+        """The same for one request: so many at a time, without those that were cancelled and whose threads go on."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._slots:
+            self._slots[loop] = asyncio.Semaphore(_SHORT_CALLS_AT_ONCE)
+        async with self._slots[loop]:
+            return await self._run(function)
+
+    def _start(self, call: "_Call", function: Callable[[], _Result]) -> "Future[_Result]":
         if self._closed:
             raise RuntimeError("the client is closed")
-        future = executor.submit(function)
+        future = self._threads.submit(function)
         self._running[future] = call
         future.add_done_callback(self._running.pop)
         return future
@@ -308,7 +309,7 @@ class AsyncSynthgenClient:
             finally:
                 put(None)
 
-        reading = self._start(self._long_calls, call, read)
+        reading = self._start(call, read)
         try:
             while True:
                 while not buffer:
@@ -318,7 +319,7 @@ class AsyncSynthgenClient:
                 if task is not None:
                     yield task
                 elif await asyncio.wrap_future(reading) == _READ_AHEAD:
-                    reading = self._start(self._long_calls, call, read)
+                    reading = self._start(call, read)
                 else:
                     return
         finally:

@@ -185,6 +185,25 @@ def test_a_thousand_calls_at_once(run, framework):
     run(main())
 
 
+def test_calls_that_were_given_up_hold_up_no_others(run, server):
+    """Their threads wait for a server that is silent, and may do so for an hour."""
+    silence = threading.Event()
+    server.answer("GET", "/api/v1/batches/b", Answer({}, hold=silence))
+    server.answer("GET", "/api/v1/batches/c", {"batch_id": "c", "batch_status": "PENDING"})
+
+    async def main():
+        async with AsyncSynthgenClient(server.url) as client:
+            try:
+                for _ in range(20):
+                    with pytest.raises(asyncio.TimeoutError):
+                        await asyncio.wait_for(client.get_batch("b"), 0.01)
+                assert (await client.get_batch("c")).batch_id == "c"
+            finally:
+                silence.set()
+
+    run(main())
+
+
 def test_ten_batches_at_once_and_one_is_cancelled(run, framework):
     """The others end as if nothing had happened; the cancelled one is named, and goes on."""
     framework.runs = False
