@@ -20,6 +20,7 @@ __all__ = ["API"]
 
 _OPEN_PATHS = ("/", "/health")
 _TASKS_PER_LINE = 100
+_LINE_CHARACTERS = 1 << 20
 #: No page goes beyond the task of this number, as in the framework.
 _MAX_PAGED_TASKS = 10_000
 
@@ -291,12 +292,21 @@ class API:
 
 
 def _export_lines(tasks: Iterator[str], total: int) -> Iterator[bytes]:
-    line = list(islice(tasks, _TASKS_PER_LINE))
-    while True:
-        yield f'{{"tasks": [{", ".join(line)}], "total": {total}}}\n'.encode("ascii")
-        line = list(islice(tasks, _TASKS_PER_LINE))
-        if not line:
-            return
+    """Lines of so many tasks, or of fewer large ones; at least one line."""
+    line: List[str] = []
+    size = lines = 0
+    for task in tasks:
+        line.append(task)
+        size += len(task)
+        if len(line) == _TASKS_PER_LINE or size >= _LINE_CHARACTERS:
+            yield _export_line(line, total)
+            line, size, lines = [], 0, lines + 1
+    if line or not lines:
+        yield _export_line(line, total)
+
+
+def _export_line(tasks: List[str], total: int) -> bytes:
+    return f'{{"tasks": [{", ".join(tasks)}], "total": {total}}}\n'.encode("ascii")
 
 
 def _batch_status(counters: Dict[str, int]) -> str:

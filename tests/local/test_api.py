@@ -189,6 +189,14 @@ def test_an_export_is_newest_first_in_short_lines(api, task):
     assert ids == sorted(range(250), reverse=True)
 
 
+def test_large_tasks_have_lines_of_their_own(api, task):
+    """A line is held in memory whole."""
+    batch_id = api.submit(*[task("x" * (3 << 19)) for _ in range(3)])
+    response = api.ask("GET", f"/api/v1/batches/{batch_id}/tasks/export")
+
+    assert [len(json.loads(line)["tasks"]) for line in response.text.splitlines()] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("status, count", [("COMPLETED", 2), ("FAILED", 1), ("PENDING", 0), ("PROCESSING", 0)])
 def test_an_export_can_be_of_one_status(api, mixed, status, count):
     """COMPLETED includes the cached ones."""
