@@ -136,9 +136,11 @@ class Workers:
                 logger.error("can't read what to do next, trying again: %s", exc)
                 self._closing.wait(_AGAIN)
                 continue
-            if task is not None and task.result is None:
-                task.result = self._call(task, provider)
-            if task is not None and task.result is not None:
+            if task is None:
+                break
+            result = task.result or self._call(task, provider)
+            if result is not None:  # else another thread may have the task already
+                task.result = result
                 self._store_result(task)
         provider.close()
 
@@ -157,7 +159,8 @@ class Workers:
             return _failure(f"{outcome.error} (tried {task.tries + 1} times)", outcome.duration)
         task.tries += 1
         with self._changed:
-            self._repeating.add(task.id)
+            if task.id in self._out:  # not deleted
+                self._repeating.add(task.id)
             host = urlsplit(task.url).netloc.rpartition("@")[2]  # the rest of a URL may hold a key
             status, is_answer, _ = outcome.error.partition("): ")  # what the provider said may hold the prompt
             self._last_error = f"{host}: {status}" + (")" if is_answer else "")

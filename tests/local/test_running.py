@@ -387,3 +387,17 @@ def test_chunks_of_a_batch_uploaded_at_the_same_time_all_run(api, task):
         thread.join(DEADLINE)
 
     assert api.wait("b")["completed_tasks"] == 200
+
+
+def test_a_task_deleted_while_its_call_fails_is_no_trouble_any_more(serve, model, task):
+    """Nothing will be called again for it."""
+    hold = threading.Event()
+    model.answers(Answer({"error": "busy"}, 500, hold=hold), model.echo)
+    api = serve(workers=1)
+    batch_id = api.submit(task())
+    model.wait_for_requests(1)
+    assert api.ask("DELETE", f"/api/v1/batches/{batch_id}").status_code == 204
+    hold.set()
+    api.run(task("another"))  # by the same thread, when it is done with the other
+
+    assert api.get("/health")["error"] is None
