@@ -59,10 +59,10 @@ class Database:
             is_temporary = path == ":memory:"  # a real one can't be shared by threads
             if is_temporary:
                 path = os.path.join(opened.enter_context(TemporaryDirectory(prefix="synthgen-")), "tasks.db")
-            self._path = os.fspath(path)
+            self._path = os.path.realpath(path)
             try:
                 self._lock(opened)
-                _make_private(self._path)
+                _create(self._path)
                 self._connection = opened.enter_context(closing(self._connect(timeout=0.2)))
                 self._prepare(schema, application_id, version, "OFF" if is_temporary else "FULL")
             except (OSError, sqlite3.Error) as exc:
@@ -111,7 +111,7 @@ class Database:
     def _lock(self, opened: ExitStack) -> None:
         """Keep the file from other servers, until closed or killed: each would run the tasks of the other."""
         path = self._path + "-lock"
-        _make_private(path)
+        _create(path)
         lock = opened.enter_context(closing(sqlite3.connect(path, timeout=0, check_same_thread=False)))
         lock.isolation_level = None
         try:
@@ -136,6 +136,9 @@ class Database:
                 f"can't use the database {self._path}: its format is {found_version}, this version reads {version}"
             )
         self._pragma("journal_mode = WAL")
+        for suffix in ("", "-wal", "-shm"):  # of a file that others could read; not before it is known to be ours
+            with suppress(FileNotFoundError):
+                os.chmod(self._path + suffix, 0o600)
         self._pragma("wal_checkpoint(TRUNCATE)")  # what a process that was killed left
         self._pragma("secure_delete = ON")
         self._connection.execute(f"PRAGMA synchronous = {synchronous}")
@@ -205,11 +208,10 @@ class Database:
                 self._wiped.set()
 
 
-def _make_private(path: str) -> None:
-    """Make a file that only its owner reads, before anything is in it; SQLite's own files take after it."""
+def _create(path: str) -> None:
+    """Make a file that only its owner reads, if there is none; SQLite's own files take after it."""
     with suppress(FileExistsError):  # opening that one, and closing it, would undo this process's locks on it
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-    os.chmod(path, 0o600)
 
 
 def _remove(path: str) -> None:

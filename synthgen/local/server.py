@@ -82,6 +82,7 @@ class LocalServer:
             workers = opened.enter_context(closing(Workers(self._store, self._workers, self._policy)))
             api = API(self._store, workers, self.api_key)
             self._url = opened.enter_context(closing(WebServer(*self._address, respond=api))).url
+            workers.start()  # now that nothing can fail: calls cost money
             self._opened = opened.pop_all()
 
     def close(self) -> None:

@@ -11,9 +11,10 @@ import os
 import secrets
 import sqlite3
 import time
+from collections import Counter
 from concurrent.futures import Future
 from contextlib import closing
-from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 from uuid import uuid4
 
 from .database import Database
@@ -21,7 +22,7 @@ from .database import Database
 __all__ = ["Conflict", "Result", "Store", "Stored", "Upload", "batch_number", "now"]
 
 _APPLICATION_ID = 0x53796E67  # "Syng"
-_VERSION = 1
+_VERSION = 2
 _TASK_BITS = 32
 _PAGE = 100
 _PAGE_CHARACTERS = 1 << 20
@@ -62,7 +63,7 @@ CREATE TABLE tasks (  -- what is small first: a scan does not read the pages of 
     custom_id TEXT,
     method TEXT NOT NULL,
     url TEXT NOT NULL,
-    api_key TEXT,  -- until the task has ended
+    key INTEGER,  -- in provider_keys
     dataset TEXT,
     source TEXT NOT NULL,
     body TEXT NOT NULL,
@@ -83,6 +84,7 @@ CREATE TRIGGER task_ended AFTER UPDATE OF status ON tasks BEGIN
         started_at = MIN(COALESCE(started_at, NEW.started_at), NEW.started_at),
         completed_at = MAX(COALESCE(completed_at, NEW.completed_at), NEW.completed_at)
     WHERE number = NEW.id >> 32;
+    UPDATE provider_key_uses SET unfinished = unfinished - 1 WHERE key = NEW.key;
 END;
 CREATE TRIGGER task_deleted AFTER DELETE ON tasks BEGIN
     UPDATE batches SET
@@ -98,6 +100,18 @@ CREATE TRIGGER task_deleted AFTER DELETE ON tasks BEGIN
         cached_total_tokens = cached_total_tokens - OLD.total_tokens * OLD.cached
     WHERE number = OLD.id >> 32;
     DELETE FROM batches WHERE number = OLD.id >> 32 AND total = 0;
+    UPDATE provider_key_uses SET unfinished = unfinished - (OLD.status = 'PENDING') WHERE key = OLD.key;
+END;
+CREATE TABLE provider_keys (  -- never moved, since SQLite may leave bytes where a row was; overwritten after use
+    number INTEGER PRIMARY KEY,
+    api_key BLOB NOT NULL
+);
+CREATE TABLE provider_key_uses (
+    key INTEGER PRIMARY KEY,
+    unfinished INTEGER NOT NULL
+);
+CREATE TRIGGER key_used AFTER UPDATE OF unfinished ON provider_key_uses WHEN NEW.unfinished = 0 BEGIN
+    UPDATE provider_keys SET api_key = zeroblob(length(api_key)) WHERE number = NEW.key;
 END;
 CREATE TABLE uploads (
     idempotency_key TEXT PRIMARY KEY,
@@ -213,7 +227,7 @@ class Store:
             status = "COMPLETED" if result.completed else "FAILED"
             connection.execute(
                 """
-                UPDATE tasks SET status = ?, started_at = ?, completed_at = ?, cache_key = ?, api_key = NULL,
+                UPDATE tasks SET status = ?, started_at = ?, completed_at = ?, cache_key = ?,
                     completions = ?, duration = ?, prompt_tokens = ?, completion_tokens = ?, total_tokens = ?,
                     cached = ?
                 WHERE id = ? AND status = 'PENDING'
@@ -319,7 +333,8 @@ class Store:
         """What is needed to run a batch's next tasks; `after` is a row id."""
         first, end = _task_ids(batch)
         query = """
-            SELECT id, url, api_key, body, use_cache, track_progress FROM tasks
+            SELECT id, url, CAST(api_key AS TEXT), body, use_cache, track_progress
+            FROM tasks LEFT JOIN provider_keys ON number = key
             WHERE id > ? AND id < ? AND status = 'PENDING' ORDER BY id LIMIT ?
         """
         return self._read(query, max(after, first), end, limit)
@@ -360,13 +375,18 @@ def _insert_tasks(connection: sqlite3.Connection, batch_id: str, rows: Sequence[
     query = "SELECT number, last_task FROM batches WHERE batch_id = ?"
     batch, last = connection.execute(query, (batch_id,)).fetchone()
     first: int = _task_ids(batch)[0] + last + 1
+    keys: Dict[Optional[str], Optional[int]] = {None: None}
+    for api_key, count in Counter(row[3] for row in rows if row[3] is not None).items():
+        insert = "INSERT INTO provider_keys (api_key) VALUES (?)"
+        keys[api_key] = key = connection.execute(insert, (api_key.encode("utf-8"),)).lastrowid
+        connection.execute("INSERT INTO provider_key_uses VALUES (?, ?)", (key, count))
     connection.executemany(
         """
-        INSERT INTO tasks (id, created_at, custom_id, method, url, api_key, body, dataset, source,
+        INSERT INTO tasks (id, created_at, custom_id, method, url, key, body, dataset, source,
                            use_cache, track_progress)
         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
         """,
-        ((task_id, created, *row) for task_id, row in enumerate(rows, first)),
+        ((task_id, created, *row[:3], keys[row[3]], *row[4:]) for task_id, row in enumerate(rows, first)),
     )
     connection.execute(
         "UPDATE batches SET last_task = last_task + ?, total = total + ? WHERE number = ?",

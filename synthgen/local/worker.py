@@ -45,7 +45,7 @@ class _Task:
 
 
 class Workers:
-    """Runs every unfinished task of a store, until closed.
+    """Runs every unfinished task of a store, from `start` until `close`.
 
     Args:
         store: Where tasks come from, and results go.
@@ -75,12 +75,14 @@ class Workers:
         #: By cache key: the task whose answer is waited for, and who waits.
         self._leaders: Dict[bytes, Tuple[_Task, List[_Task]]] = {}
         self._providers = [Provider(policy) for _ in range(count)]
-        self._threads = [
-            threading.Thread(target=self._work, args=(provider,), name="synthgen-worker", daemon=True)
-            for provider in self._providers
-        ]
-        for thread in self._threads:
+        self._threads: List[threading.Thread] = []
+
+    def start(self) -> None:
+        """Begin to run tasks."""
+        for provider in self._providers:
+            thread = threading.Thread(target=self._work, args=(provider,), name="synthgen-worker", daemon=True)
             thread.start()
+            self._threads.append(thread)
 
     def close(self) -> None:
         """Break off the calls that are running and end the threads; unfinished tasks stay PENDING in the store."""

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import sqlite3
 import stat
 import subprocess
@@ -19,6 +20,7 @@ from servers import DEADLINE, Answer
 
 from synthgen.exceptions import ConfigurationError
 from synthgen.local import LocalServer
+from synthgen.local.store import Result, Store, Upload
 
 pytestmark = pytest.mark.slow
 
@@ -201,6 +203,27 @@ def test_a_providers_key_is_gone_when_its_batch_has_ended(serve, model, task, da
     assert not any(b"sk-sentinel" in content for content in after.values())
 
 
+def test_a_providers_key_is_in_no_copy_of_a_row_that_grew(database):
+    """A row that gets an answer may have to go to another page, and SQLite leaves bytes of it where it was."""
+    chance = random.Random(3)
+    bodies = [json.dumps("b" * chance.randint(40, 700)) for _ in range(1000)]
+    rows = [("id", "POST", "http://p.test", "sk-sentinel", body, None, "null", True, False) for body in bodies]
+    with closing(Store(database)) as store:
+        first = store.add(Upload("b", rows, None, b"")).result().first_task
+        running, done = list(range(first, first + 1000)), []
+        while running:  # about in order, as workers do it
+            task_id = running.pop(chance.randrange(min(16, len(running))))
+            result = Result(True, json.dumps("y" * chance.randint(500, 1200)), 1)
+            done.append(store.finish(task_id, result, 1, 2, None))
+            if len(done) % 16 == 0:
+                done[-1].result()
+        done[-1].result()
+        assert store.batch("b")["completed"] == 1000
+        left = files(database)
+
+    assert not any(b"sk-sentinel" in content for content in left.values())
+
+
 @pytest.mark.parametrize("what", ["batch", "task"])
 def test_a_providers_key_is_gone_when_its_task_is_deleted(serve, model, task, database, what):
     """A delete leaves no byte of it in any of the files, while other tasks run."""
@@ -222,6 +245,60 @@ def test_a_second_server_on_the_same_file_is_refused(serve, database):
 
     with pytest.raises(ConfigurationError, match="another server"):
         serve(database=database)
+
+
+def test_a_second_server_on_the_same_file_is_refused_by_any_name(serve, database):
+    """A link is no other file."""
+    serve(database=database)
+    link = database.with_name("link.db")
+    link.symlink_to(database)
+
+    with pytest.raises(ConfigurationError, match="another server"):
+        serve(database=link)
+
+
+def test_a_relative_name_stays_that_of_the_same_file(serve, tmp_path, monkeypatch):
+    """Even if the process goes to another folder."""
+    monkeypatch.chdir(tmp_path)
+    api = serve(database="here.db")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    reading = api.server._store._database.reading
+    with reading() as one, reading() as another, reading() as a_third:
+        for connection in (one, another, a_third):
+            assert connection.execute("SELECT * FROM batches").fetchall() == []
+    assert os.listdir() == []
+
+
+def test_what_is_not_ours_keeps_its_mode(serve, tmp_path):
+    """A folder, a text, another program's database: refused, and left as it was."""
+    folder, text, other = tmp_path / "folder", tmp_path / "tasks.jsonl", tmp_path / "other.db"
+    folder.mkdir()
+    text.write_text("{}\n" * 1000)
+    with closing(sqlite3.connect(str(other))) as connection:
+        connection.execute("CREATE TABLE other (id)")
+    for path in (folder, text, other):
+        path.chmod(0o755)
+        with pytest.raises(ConfigurationError):
+            serve(database=path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o755
+
+
+def test_a_server_that_cant_start_calls_nobody(serve, model, task, database):
+    """What an earlier one left is run, and paid for, only when all else is in order."""
+    model.answers(Answer(hold=threading.Event()))
+    api = serve(database=database)
+    api.submit(task())
+    model.wait_for_requests(1)
+    api.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(ConfigurationError, match="can't listen"):
+            serve(database=database, port=taken.getsockname()[1])
+
+    assert not [thread for thread in threading.enumerate() if thread.name == "synthgen-worker"]
+    assert len(model.requests) == 1
 
 
 @pytest.mark.parametrize("content", [b"not a database at all" * 100, b"\x00" * 4096])
