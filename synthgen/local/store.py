@@ -119,6 +119,9 @@ CREATE TABLE uploads (
     batch_id TEXT NOT NULL,
     tasks INTEGER NOT NULL
 );
+CREATE TRIGGER batch_deleted AFTER DELETE ON batches BEGIN  -- its uploads may be sent again
+    DELETE FROM uploads WHERE batch_id = OLD.batch_id;
+END;
 CREATE TABLE settings (id_prefix TEXT NOT NULL);
 """
 
@@ -250,7 +253,6 @@ class Store:
             task_ids = _task_ids(row["number"])
             connection.execute("DELETE FROM batches WHERE number = ?", (row["number"],))
             connection.execute("DELETE FROM tasks WHERE id >= ? AND id < ?", task_ids)
-            connection.execute("DELETE FROM uploads WHERE batch_id = ?", (batch_id,))
             self._database.wipe()
             return task_ids
 

@@ -437,6 +437,18 @@ def test_an_upload_repeated_at_the_same_time_is_taken_once(api, model, task):
     assert (batch["total_tasks"], len(model.requests)) == (20, 20)
 
 
+def test_an_upload_whose_tasks_were_all_deleted_can_be_sent_again(api, task):
+    """One by one: the batch went with the last of them."""
+    content = json.dumps(task())
+    batch_id = api.upload(content, key="k", batch_id="b").json()["batch_id"]
+    (stored,) = api.export(batch_id)
+    assert api.ask("DELETE", f"/api/v1/tasks/{stored['message_id']}").status_code == 204
+    assert api.get("/api/v1/batches/b") is None
+
+    assert api.upload(content, key="k", batch_id="b").status_code == 200
+    assert api.wait("b")["total_tasks"] == 1
+
+
 def requests_upload(api, content):
     """An upload on a connection of its own."""
     headers = {"Authorization": f"Bearer {api.server.api_key}", "Idempotency-Key": "k"}
