@@ -236,9 +236,8 @@ class Workers:
         is_led = task.use_cache and task.key in self._leaders
         if task.use_cache and not is_led:
             task.result = self._store.cached(task.key)
-        if task.id not in self._out:
-            self._out[task.id] = task
-            self._out_per_batch[batch_number(task.id)] += 1
+        self._out[task.id] = task
+        self._out_per_batch[batch_number(task.id)] += 1
         if task.result is not None:
             self._store_result(task)
         elif is_led:
@@ -264,8 +263,9 @@ class Workers:
                     self._go_on(follower, task.result)
 
     def _go_on(self, follower: _Task, result: Optional[Result]) -> None:
-        if result is None:  # deleted
-            self._admit(follower)
+        if result is None:  # deleted: the first of its followers is the next leader
+            leader, followers = self._leaders.setdefault(follower.key, (follower, []))
+            (self._ready if leader is follower else followers).append(follower)
         elif result.completed:
             follower.result = result._replace(cached=True)
             self._store_result(follower)

@@ -1,6 +1,7 @@
 """How tasks are run: calls, cache, retries, failures, deletions."""
 
 import json
+import sqlite3
 import threading
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
@@ -127,6 +128,28 @@ def test_when_the_one_that_was_called_fails_the_others_are_called(api, model, ta
     batch = api.wait(batch_id)
 
     assert (batch["failed_tasks"], batch["completed_tasks"]) == (1, 4)
+
+
+def test_when_the_one_that_is_called_is_deleted_one_of_the_others_is(serve, model, task, monkeypatch):
+    """Also if the database can't be read just then: the others still wait for that one."""
+    hold = threading.Event()
+    model.answers(Answer(GOOD, hold=hold), GOOD)
+    api = serve()
+    leader = api.submit(task("same"))
+    model.wait_for_requests(1)
+    batch_id = api.submit(*[task("same") for _ in range(5)], task("other", use_cache=False))
+    api.wait(batch_id, lambda batch: batch["completed_tasks"] == 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(api.server._store, "cached", _cant_read)
+        assert api.ask("DELETE", f"/api/v1/batches/{leader}").status_code == 204
+    hold.set()
+    batch = api.wait(batch_id)
+
+    assert (batch["completed_tasks"], batch["cached_tasks"]) == (2, 4)
+
+
+def _cant_read(cache_key):
+    raise sqlite3.OperationalError("unable to open database file")
 
 
 def test_when_the_one_that_is_called_is_deleted_another_is_called(api, model, task):
