@@ -5,6 +5,7 @@ import hmac
 import json
 import re
 import sqlite3
+from collections import defaultdict
 from enum import Enum
 from itertools import islice
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type
@@ -140,12 +141,15 @@ class API:
         return json_response({"batch_id": stored.batch_id, "total_tasks": stored.tasks})
 
     def _get_batches(self, request: Request) -> Response:
-        batches = [self._batch(row) for row in self._store.batches()]
+        processing: Dict[int, Dict[int, int]] = defaultdict(dict)
+        for task, since in self._processing().items():
+            processing[batch_number(task)][task] = since
+        batches = [self._batch(row, processing[row["number"]]) for row in self._store.batches()]
         return json_response({"total": len(batches), "batches": batches})
 
     def _get_batch(self, request: Request, batch_id: str) -> Response:
         row = self._store.batch(batch_id)
-        return json_response(self._batch(row) if row else None)
+        return json_response(self._batch(row, self._processing(row["number"])) if row else None)
 
     def _delete_batch(self, request: Request, batch_id: str) -> Response:
         task_ids = self._store.delete_batch(batch_id).result()
@@ -228,8 +232,7 @@ class API:
             "cached_tasks": row["cached"],
         }
 
-    def _batch(self, row: sqlite3.Row) -> Dict[str, Any]:
-        processing = self._processing(row["number"])
+    def _batch(self, row: sqlite3.Row, processing: Dict[int, int]) -> Dict[str, Any]:
         counters = self._counters(row, len(processing))
         started = row["started_at"] or min(processing.values(), default=None)
         completed = row["completed_at"]
