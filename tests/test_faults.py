@@ -122,7 +122,7 @@ def test_a_thousand_tasks_come_back_once_each(serving, seed):
 
 
 @pytest.mark.parametrize("serving", [lambda: framework(deduplicates=False), local_server], ids=["framework", "local"])
-@some_seeds(3)
+@some_seeds()
 def test_resuming_by_hand_loses_nothing_and_pays_nothing_twice(serving, seed):
     """Without deduplication, what is unconfirmed is looked for in the batch before it is sent again."""
     with serving() as upstream, FaultyProxy(upstream.url, seed, without=upstream.without) as proxy:

