@@ -378,6 +378,7 @@ def test_after_failures_only_they_are_run_again(provider, capsys):
 def test_an_interrupted_local_run_goes_on_where_it_was(number, provider, stalled, capsys):
     """It exits with 130 and the command that goes on, which gets all the results."""
     process = start("run", write_tasks(provider, "one", "two"), "-o", "out.jsonl", "--local", stdout=subprocess.PIPE)
+    assert any("2 of 2 tasks uploaded" in line for line in iter(process.stderr.readline, ""))
     provider.wait_for_requests(2)
     process.send_signal(number)
     out, err = process.communicate(timeout=DEADLINE)
