@@ -11,7 +11,7 @@
 
 import logging
 
-__version__ = "1.0.0"  # first: the modules below read it
+__version__ = "1.1.0"  # first: the modules below read it
 
 from .client import SynthgenClient
 from .exceptions import (
