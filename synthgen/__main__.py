@@ -10,14 +10,15 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from . import __version__
 from ._progress import health_rows, money, printable
+from ._task_file import TaskFile
 from .client import SynthgenClient, replacing
 from .exceptions import (
     AuthenticationError,
@@ -97,7 +98,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigurationError("--db is the database of --local: give both")
     if args.output and os.path.exists(args.output) and args.tasks != "-" and os.path.samefile(args.output, args.tasks):
         raise ConfigurationError(f"{args.output} is the file with the tasks: results need another")
-    tasks = _read_tasks(args.tasks, args.provider, _environment_key(args.key_env))
+    with TaskFile(args.tasks, args.provider, _environment_key(args.key_env)) as file:
+        tasks = list(file)
     missing = None
     with _output(args) as file:
         with _local_client(args) if args.local else _client(args) as client:
@@ -341,56 +343,6 @@ def _signals() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------- tasks, results
-
-
-def _read_tasks(path: str, provider: Optional[str], api_key: Optional[str]) -> List[Task]:
-    """The tasks in a JSONL file, all of them, or an error that names the line that is none."""
-    name, tasks = "stdin" if path == "-" else path, []
-    with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8-sig").strip()
-                if text:
-                    tasks.append(_task(text, provider, api_key))
-            except (ValueError, RecursionError) as exc:
-                raise ConfigurationError(f"{name}, line {number}: {_reason(exc)}") from None
-    if not tasks:
-        raise ConfigurationError(f"{name}: there are no tasks in it")
-    return tasks
-
-
-def _task(text: str, provider: Optional[str], api_key: Optional[str]) -> Task:
-    fields = json.loads(text)
-    if not isinstance(fields, dict):
-        raise ValueError("not a JSON object")
-    url = fields.get("url")
-    if isinstance(url, str) and not set(url.split("/")[0]) & set(":."):  # a path, as in an OpenAI batch input file
-        if provider is None:
-            raise ValueError(f"url {url!r} is relative: --provider says to what")
-        fields["url"] = _join(provider, url)
-    if fields.get("api_key") is None:
-        fields["api_key"] = api_key
-    return Task.model_validate(fields)
-
-
-def _join(provider: str, url: str) -> str:
-    """The URL of a path at a provider, which may have been given with a part of the path, or all of it."""
-    base, path = provider.rstrip("/"), "/" + url.lstrip("/")
-    if base.endswith(path):
-        return base
-    if base.endswith("/v1") and path.startswith("/v1/"):
-        base = base[: -len("/v1")]
-    return base + path
-
-
-def _reason(exc: Exception) -> str:
-    if isinstance(exc, ValidationError):
-        return "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors())
-    if isinstance(exc, UnicodeDecodeError):
-        return "not UTF-8"
-    if isinstance(exc, json.JSONDecodeError):
-        return f"not JSON: {exc.msg} (column {exc.colno})"
-    return str(exc)
 
 
 def _environment_key(name: Optional[str]) -> Optional[str]:

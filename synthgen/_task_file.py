@@ -1,0 +1,93 @@
+"""Tasks out of a JSONL file: lines of our own, or of an OpenAI batch input file."""
+
+import json
+import shutil
+import sys
+import tempfile
+from contextlib import ExitStack
+from typing import BinaryIO, Iterator, Optional
+
+from pydantic import ValidationError
+
+from .exceptions import ConfigurationError
+from .models import Task
+
+__all__ = ["TaskFile"]
+
+
+class TaskFile:
+    """The tasks of a file, as often as they are asked for; one is in memory at a time.
+
+    Args:
+        path: The file; ``-`` reads stdin, into a temporary file.
+        provider: What a relative ``url`` is appended to.
+        api_key: The provider's key, for the tasks that have none.
+
+    Raises:
+        ConfigurationError: A line is no task, or there are none; the error names the line. Every line is looked at now.
+    """
+
+    def __init__(self, path: str, provider: Optional[str] = None, api_key: Optional[str] = None) -> None:
+        self._name = "stdin" if path == "-" else path
+        self._provider, self._api_key = provider, api_key
+        with ExitStack() as opened:
+            file: BinaryIO = tempfile.TemporaryFile() if path == "-" else open(path, "rb")
+            self._file = opened.enter_context(file)
+            if path == "-":
+                shutil.copyfileobj(sys.stdin.buffer, file)
+            self._count = sum(1 for _ in self)
+            if not self._count:
+                raise ConfigurationError(f"{self._name}: there are no tasks in it")
+            self._opened = opened.pop_all()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Task]:
+        self._file.seek(0)
+        for number, line in enumerate(self._file, 1):
+            try:
+                text = line.decode("utf-8-sig").strip()
+                if text:
+                    yield self._task(text)
+            except (ValueError, RecursionError) as exc:
+                raise ConfigurationError(f"{self._name}, line {number}: {_reason(exc)}") from None
+
+    def __enter__(self) -> "TaskFile":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._opened.close()
+
+    def _task(self, text: str) -> Task:
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError("not a JSON object")
+        url = fields.get("url")
+        if isinstance(url, str) and not set(url.split("/")[0]) & set(":."):  # a path, as in an OpenAI batch input file
+            if self._provider is None:
+                raise ValueError(f"url {url!r} is relative: --provider says to what")
+            fields["url"] = _join(self._provider, url)
+        if fields.get("api_key") is None:
+            fields["api_key"] = self._api_key
+        return Task.model_validate(fields)
+
+
+def _join(provider: str, url: str) -> str:
+    """The URL of a path at a provider, which may have been given with a part of the path, or all of it."""
+    base, path = provider.rstrip("/"), "/" + url.lstrip("/")
+    if base.endswith(path):
+        return base
+    if base.endswith("/v1") and path.startswith("/v1/"):
+        base = base[: -len("/v1")]
+    return base + path
+
+
+def _reason(exc: Exception) -> str:
+    if isinstance(exc, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors())
+    if isinstance(exc, UnicodeDecodeError):
+        return "not UTF-8"
+    if isinstance(exc, json.JSONDecodeError):
+        return f"not JSON: {exc.msg} (column {exc.colno})"
+    return str(exc)
