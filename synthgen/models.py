@@ -13,6 +13,8 @@ from typing import Any, Dict, List, Optional, Union
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from . import _completions
+
 __all__ = [
     "Batch",
     "BatchCost",
@@ -236,38 +238,38 @@ class TaskResponse(_Received):
 
     @property
     def content(self) -> Optional[str]:
-        """The text of the first choice; None where there is none, as in a failed task."""
-        choice = _get(_get(self.completions, "choices"), 0)
-        text = _get(_get(choice, "message"), "content")
-        if text is None:
-            text = _get(choice, "text")  # the older completions API
-        return text if isinstance(text, str) else None
+        """The text of the first choice, of any provider's; None where there is none, as in a failed task."""
+        return _completions.text(self.completions)
+
+    @property
+    def finish_reason(self) -> Optional[str]:
+        """Why the text ends where it does, in the provider's own word, such as ``stop``; None where it does not say."""
+        return _completions.finish_reason(self.completions)
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether the token limit ended the text; the task is `ok` all the same."""
+        return _completions.is_cut_off(self.completions)
+
+    @property
+    def filtered(self) -> bool:
+        """Whether the provider held back some of the text, or the model refused; the task is `ok` all the same."""
+        return _completions.is_filtered(self.completions)
 
     @property
     def usage(self) -> Optional[Usage]:
         """The tokens used; None where the provider did not say."""
-        usage = _get(self.completions, "usage")
-        try:
-            return Usage.model_validate(usage)
-        except ValidationError:
-            return None
+        usage = _completions.usage(self.completions)
+        return None if usage is None else Usage.model_validate(usage)
 
     @property
     def error(self) -> Optional[str]:
         """Why the task failed; None for one that did not."""
         if self.status != TaskStatus.FAILED:
             return None
-        error = _get(self.completions, "error")
-        message = _get(error, "message") or error
+        error = _completions.at(self.completions, "error")
+        message = _completions.at(error, "message") or error
         return str(message) if message else "no reason given"
-
-
-def _get(container: Any, key: Any) -> Any:
-    """``container[key]``, or None where a provider's answer has another shape."""
-    try:
-        return container[key]
-    except (KeyError, IndexError, TypeError):
-        return None
 
 
 class BatchCost(BaseModel):

@@ -13,13 +13,14 @@ import weakref
 from functools import partial
 from http.client import responses
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any, NamedTuple, Optional, Tuple, Union
+from typing import Any, NamedTuple, Optional, Union
 from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+from .._completions import usage
 from .._retry import innermost, parse_retry_after
 from .store import Result
 
@@ -236,18 +237,9 @@ def _answer(response: requests.Response, content: bytes, api_key: Optional[str])
         return TryAgain(f"Invalid answer ({reason}): not a JSON object: {text}")
     if answer.get("error"):
         return f"Provider error: {text}"
-    return Result(True, completions, 0, *_tokens(answer.get("usage")))
-
-
-def _tokens(usage: Any) -> Tuple[int, int, int]:
-    """Prompt, completion and total tokens; 0 for what a provider does not tell."""
-    prompt, completion, total = (_count(usage, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens"))
-    return prompt, completion, total or prompt + completion
-
-
-def _count(usage: Any, name: str) -> int:
-    count = usage.get(name) if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and 0 <= count < 1 << 40 else 0
+    counts = usage(answer) or {}
+    tokens = (counts.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "total_tokens"))
+    return Result(True, completions, 0, *tokens)
 
 
 def _shortened(text: str, api_key: Optional[str]) -> str:

@@ -57,6 +57,23 @@ def test_a_provider_elsewhere_is_called_through_the_proxy(api, model, task, monk
     assert model.requests[0].path == "http://provider.invalid/v1"
 
 
+@pytest.mark.parametrize(
+    "usage, tokens",
+    [
+        ({"usage": {"prompt_tokens": 7, "completion_tokens": 4}}, (7, 4, 11)),
+        ({"usage": {"input_tokens": 7, "output_tokens": 4, "cache_read_input_tokens": 20}}, (27, 4, 31)),
+        ({"usageMetadata": {"promptTokenCount": 7, "candidatesTokenCount": 4, "thoughtsTokenCount": 5}}, (7, 9, 16)),
+        ({"usage": None}, (0, 0, 0)),
+    ],
+)
+def test_tokens_are_counted_whatever_the_provider_calls_them(api, model, task, usage, tokens):
+    """Or the cost of a batch would be 0."""
+    model.answers({"content": [{"type": "text", "text": "good"}], **usage})
+    batch = api.wait(api.submit(task()))
+
+    assert (batch["prompt_tokens"], batch["completion_tokens"], batch["total_tokens"]) == tokens
+
+
 def test_an_identical_task_is_answered_from_the_cache(api, model, task):
     """A second batch of the same task costs no call and no tokens, and shows the first call's duration."""
     (first,) = api.run(task("same", custom_id="first"))
