@@ -4,6 +4,8 @@ Results go to stdout or into a file, everything else to stderr, so that ``synthg
 """
 
 import argparse
+import codecs
+import csv
 import json
 import os
 import shlex
@@ -143,7 +145,8 @@ def _watch(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     with _output(args) as file, _client(args) as client:
-        _write_lines(file, client.iter_batch_tasks(args.batch, args.status))
+        write = _write_rows if args.format == "csv" else _write_lines
+        write(file, client.iter_batch_tasks(args.batch, args.status))
     return _OK
 
 
@@ -374,6 +377,14 @@ def _write_lines(file: BinaryIO, results: Iterable[TaskResponse]) -> None:
     file.flush()  # it may fail, and what could give them again is removed after this
 
 
+def _write_rows(file: BinaryIO, results: Iterable[TaskResponse]) -> None:
+    columns = list(TaskResponse(message_id="", status="").to_row())
+    rows = csv.DictWriter(codecs.getwriter("utf-8")(file, "backslashreplace"), columns, lineterminator="\n")
+    rows.writeheader()
+    rows.writerows(result.to_row() for result in results)
+    file.flush()
+
+
 def _print_json(model: BaseModel) -> int:
     print(json.dumps(model.model_dump(mode="json"), indent=2))
     return _OK
@@ -434,6 +445,7 @@ def _parser() -> argparse.ArgumentParser:
     export = command(
         _export, "write the tasks of a batch, with their results", "export BATCH_ID | jq .status", server, batch, output
     )
+    export.add_argument("--format", choices=["jsonl", "csv"], default="jsonl", help="default: %(default)s")
     export.add_argument("--status", type=TaskStatus, choices=list(TaskStatus), help="only the tasks with this status")
     stats = command(
         _stats, "show tasks and tokens over time", "stats BATCH_ID --range 2h --interval 1m", server, batch, as_json

@@ -4,15 +4,15 @@ Known are chat and text completions, OpenAI's Responses, Anthropic's Messages, G
 An answer can be any JSON: of one that has another shape nothing is known, which is no error.
 """
 
+import re
 from typing import Any, Dict, Iterator, Optional, Tuple
 
 __all__ = ["at", "finish_reason", "is_cut_off", "is_filtered", "is_usable", "text", "usage"]
 
-_CUT_OFF = {"length", "max_tokens", "max_output_tokens", "model_length", "model_context_window_exceeded"}
-_FILTERED = {
-    "content_filter", "sensitive", "refusal", "safety", "recitation", "blocklist", "prohibited_content", "spii",
-    "image_safety", "image_prohibited_content", "image_recitation",
-}  # fmt: skip
+_CUT_OFF = re.compile("length|max_tokens|max_output_tokens|model_length|model_context_window_exceeded", re.IGNORECASE)
+_FILTERED = re.compile(
+    "content_filter|refusal|sensitive|blocklist|spii|(image_)?(safety|recitation|prohibited_content)", re.IGNORECASE
+)
 _BESIDE_CONTENT = ("refusal", "tool_calls", "function_call", "audio", "images")
 _THOUGHTS = {"thought", "thinking", "redacted_thinking", "reasoning"}
 #: The names of input and of output tokens. A gateway may send more than one of these: the first is taken.
@@ -56,12 +56,12 @@ def finish_reason(completions: Any) -> Optional[str]:
 
 def is_cut_off(completions: Any) -> bool:
     """Whether the token limit, or the end of the model's context, ended the answer."""
-    return (finish_reason(completions) or "").lower() in _CUT_OFF
+    return _CUT_OFF.fullmatch(finish_reason(completions) or "") is not None
 
 
 def is_filtered(completions: Any) -> bool:
     """Whether the provider held back the answer, or a part of it, or the model refused to give one."""
-    if (finish_reason(completions) or "").lower() in _FILTERED or at(completions, "promptFeedback", "blockReason"):
+    if _FILTERED.fullmatch(finish_reason(completions) or "") or at(completions, "promptFeedback", "blockReason"):
         return True
     return any(kind == "refusal" for kind, _ in _parts(completions))
 

@@ -3,7 +3,7 @@
 from collections import Counter, deque
 from typing import Callable, Deque, List, Optional, Tuple
 
-from .models import Batch, BatchCost, HealthResponse
+from .models import Batch, BatchCost, HealthResponse, TaskResponse
 
 __all__ = ["Progress", "duration", "health_rows", "money", "plural", "printable"]
 
@@ -30,6 +30,7 @@ class Progress:
         self.received = 0
         self.to_receive: Optional[int] = None
         self.failures: Counter[str] = Counter()
+        self.cut_off = self.filtered = 0
         self.notes: List[str] = []
 
     def upload(self, batch_id: str, uploaded: int, total: Optional[int]) -> None:
@@ -40,6 +41,12 @@ class Progress:
         self.batch, self.submitted, self.cost = batch, submitted, cost
         self.batch_id = batch.batch_id if batch else self.batch_id
         self._samples.append((self._clock(), self.finished, batch.total_tokens if batch else 0))
+
+    def result(self, result: TaskResponse) -> None:
+        if result.error:
+            self.failures[result.error] += 1
+        self.cut_off += result.cut_off
+        self.filtered += result.filtered
 
     @property
     def elapsed(self) -> float:
@@ -117,6 +124,10 @@ class Progress:
             )
         if batch.cached_tasks:
             rows.append(("cache", f"saved {plural(batch.cached_tasks, 'call')}"))
+        if self.cut_off:
+            rows.append(("cut off", f"{plural(self.cut_off, 'result')} ended at the token limit"))
+        if self.filtered:
+            rows.append(("filtered", f"{plural(self.filtered, 'result')} held back by the provider, or refused"))
         return rows + self._failure_rows()
 
     def _failure_rows(self) -> List[Tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import BinaryIO, Iterator, Optional
 from pydantic import ValidationError
 
 from .exceptions import ConfigurationError
-from .models import Task
+from .models import Task, reasons
 
 __all__ = ["TaskFile"]
 
@@ -85,7 +85,7 @@ def _join(provider: str, url: str) -> str:
 
 def _reason(exc: Exception) -> str:
     if isinstance(exc, ValidationError):
-        return "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors())
+        return reasons(exc)
     if isinstance(exc, UnicodeDecodeError):
         return "not UTF-8"
     if isinstance(exc, json.JSONDecodeError):

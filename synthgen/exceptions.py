@@ -3,6 +3,7 @@
     SynthgenError
     ├── ConfigurationError (also ValueError)
     ├── MissingDependencyError (also ImportError)
+    ├── ContentError (also ValueError)
     ├── APIError
     │   ├── AuthenticationError      401, 403
     │   ├── NotFoundError            404, or the server's null
@@ -36,6 +37,7 @@ __all__ = [
     "BatchUploadError",
     "ConfigurationError",
     "ConnectionFailedError",
+    "ContentError",
     "ErrorResponse",
     "InvalidRequestError",
     "InvalidResponseError",
@@ -99,6 +101,10 @@ class ConfigurationError(SynthgenError, ValueError):
 
 class MissingDependencyError(SynthgenError, ImportError):
     """An optional package is needed for this and is not installed."""
+
+
+class ContentError(SynthgenError, ValueError):
+    """A task has no content, or not one that `TaskResponse.parse` was asked for."""
 
 
 class APIError(SynthgenError):

@@ -6,14 +6,16 @@ this version does not know stays text, so that a newer server does not break an 
 """
 
 import json
+import re
 from datetime import datetime, timezone
 from enum import Enum
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Type, TypeVar, Union
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from . import _completions
+from .exceptions import ContentError
 
 __all__ = [
     "Batch",
@@ -75,6 +77,10 @@ class CalendarInterval(_TextEnum):
     YEAR = "year"
     YEAR_SHORT = "1y"
 
+
+_Model = TypeVar("_Model", bound=BaseModel)
+#: A Markdown fence, with nothing around it.
+_FENCED = re.compile(r"\A\s*```(?:json)?\s(.*)```\s*\Z", re.DOTALL | re.IGNORECASE)
 
 # Left to right: pydantic's smart mode would give plain text for the known statuses too.
 _Status = Field(union_mode="left_to_right")
@@ -170,6 +176,12 @@ def _hiding_inputs(validate: Any, data: Any, **kwargs: Any) -> Any:
         for e in errors
     ]
     raise ValidationError.from_exception_data(title, details, hide_input=True)
+
+
+def reasons(error: ValidationError) -> str:
+    """What does not fit, with its place: the first few, without the inputs."""
+    places = [".".join(map(str, e["loc"])) + ": " * bool(e["loc"]) + e["msg"] for e in error.errors()]
+    return "; ".join(places[:5] + ["..."] * (len(places) > 5))
 
 
 def is_header_value(text: str) -> bool:
@@ -270,6 +282,48 @@ class TaskResponse(_Received):
         error = _completions.at(self.completions, "error")
         message = _completions.at(error, "message") or error
         return str(message) if message else "no reason given"
+
+    def parse(self, model: Type[_Model]) -> _Model:
+        """The `content` as a pydantic model of yours: all of it a JSON text, alone or in one Markdown fence.
+
+        Raises:
+            ContentError: The task failed, or its content was cut off or filtered, is missing or does not fit the model.
+        """
+        content = self.content
+        if not self.ok:
+            wrong = f"it is {self.status}" + (f": {self.error}" if self.error else "")
+        elif self.filtered:
+            wrong = f"the provider filtered the answer, or the model refused (finish_reason: {self.finish_reason})"
+        elif self.cut_off:
+            wrong = f"the token limit cut the content off (finish_reason: {self.finish_reason}): allow more tokens"
+        elif content is None:
+            wrong = f"there is no content (finish_reason: {self.finish_reason})"
+        else:
+            json_text = _FENCED.sub(r"\1", content).encode("utf-8", "surrogatepass")
+            try:
+                return model.model_validate_json(json_text)
+            except ValidationError as exc:
+                wrong = f"the content does not fit {model.__name__}: {reasons(exc)}"
+        raise ContentError(f"task {self.custom_id or self.message_id!r}: {wrong}")
+
+    def to_row(self) -> Dict[str, Any]:
+        """The result as a row of a table: texts, numbers, booleans and None; the ``source`` as a JSON text."""
+        usage = self.usage
+        return {
+            "custom_id": self.custom_id,
+            "message_id": self.message_id,
+            "ok": self.ok,
+            "content": self.content,
+            "error": self.error,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": usage and usage.prompt_tokens,
+            "completion_tokens": usage and usage.completion_tokens,
+            "total_tokens": usage and usage.total_tokens,
+            "cached": self.cached,
+            "duration_ms": self.duration,
+            "dataset": self.dataset,
+            "source": None if self.source is None else json.dumps(self.source, ensure_ascii=False),
+        }
 
 
 class BatchCost(BaseModel):

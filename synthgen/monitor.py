@@ -8,7 +8,6 @@ import os
 import sys
 import time
 import warnings
-from collections import Counter
 from contextlib import suppress
 from typing import Any, Callable, List, Optional, TextIO
 
@@ -89,7 +88,8 @@ class PlainMonitor(Monitor):
         self._write(text)
 
     def results(self, results: List[TaskResponse]) -> None:
-        self.progress.failures = Counter(result.error for result in results if result.error)
+        for result in results:
+            self.progress.result(result)
 
     def finish(self, batch: Batch, cost: BatchCost) -> None:
         self._flush()

@@ -64,6 +64,12 @@ def failure(error: str) -> TaskResponse:
     return TaskResponse(message_id="m", status=TaskStatus.FAILED, completions={"error": error})
 
 
+def ended(finish_reason: str) -> TaskResponse:
+    """A task whose answer ends like this."""
+    completions = {"choices": [{"finish_reason": finish_reason}]}
+    return TaskResponse(message_id="m", status=TaskStatus.COMPLETED, completions=completions)
+
+
 def poll(monitor: Monitor, polled: Batch, submitted: int = 2500) -> None:
     """Tell a monitor of a batch, with what it cost."""
     monitor.batch(polled, submitted, polled.cost(*PRICES))
@@ -92,7 +98,8 @@ def tell(monitor: Monitor, clock: Clock) -> Iterator[str]:
     yield "download"
     monitor.download(2500, 2500)
     errors = ["HTTP 400: [bold]bad\nrequest", "HTTP 401: \x1b[5mwrong key", "HTTP 418: " + "teapot " * 99, "HTTP 422"]
-    monitor.results([failure(errors[i * i % 4 + i % 3]) for i in range(20)])
+    results = [failure(errors[i * i % 4 + i % 3]) for i in range(20)]
+    monitor.results([*results, *map(ended, ["length"] * 12), ended("content_filter"), ended("stop")])
     monitor.finish(end, end.cost(*PRICES))
     yield "finished"
     monitor.close()

@@ -15,6 +15,7 @@ from synthgen.exceptions import (
     BatchUploadError,
     ConfigurationError,
     ConnectionFailedError,
+    ContentError,
     ErrorResponse,
     MissingDependencyError,
     RateLimitError,
@@ -73,7 +74,12 @@ def test_the_tree_is_as_drawn():
 
 @pytest.mark.parametrize(
     "error, builtin",
-    [(ConfigurationError, ValueError), (MissingDependencyError, ImportError), (BatchTimeoutError, TimeoutError)],
+    [
+        (ConfigurationError, ValueError),
+        (MissingDependencyError, ImportError),
+        (ContentError, ValueError),
+        (BatchTimeoutError, TimeoutError),
+    ],
 )
 def test_an_error_is_also_what_python_calls_it(error, builtin):
     """It may be caught by either name."""

@@ -1,5 +1,6 @@
 """The command line: what goes to stdout, what to stderr, and how it ends."""
 
+import csv
 import io
 import json
 import os
@@ -539,9 +540,33 @@ def test_an_export_is_lines_of_json(local, provider, capsys):
     assert [line["custom_id"] for line in read_lines(capsys.readouterr().out)] == ["fail"]
 
 
-def test_a_closed_pipe_is_no_error(local, provider):
+def test_an_export_is_a_table(local, provider, capsysbinary):
+    """Of UTF-8, a row for each task, under the names of the columns; what has no UTF-8 is escaped."""
+    content = '1, "2"\n\u20ac\ud800'
+    provider.answer("POST", CHAT, {"choices": [{"message": {"content": content}, "finish_reason": "length"}]})
+    batch_id = submit(local, provider, "one", "two")
+
+    assert main(["export", batch_id, "--format", "csv"]) == 0
+
+    rows = list(csv.DictReader(io.StringIO(capsysbinary.readouterr().out.decode("utf-8"), newline="")))
+    assert sorted(row["custom_id"] for row in rows) == ["one", "two"]
+    assert {row["content"] for row in rows} == {'1, "2"\n\u20ac\\ud800'}
+    assert {(row["ok"], row["finish_reason"], row["error"]) for row in rows} == {("True", "length", "")}
+
+
+def test_an_export_of_nothing_is_a_table_without_rows(local, provider):
+    """Into a file, too: whoever reads it finds the columns."""
+    batch_id = submit(local, provider, "one")
+
+    assert main(["export", batch_id, "--format", "csv", "--status", "FAILED", "-o", "out.csv"]) == 0
+    (line,) = Path("out.csv").read_bytes().split(b"\n")[:-1]
+    assert line.startswith(b"custom_id,message_id,ok,content,")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_a_closed_pipe_is_no_error(local, provider, form):
     """``synthgen export ID | head`` ends with 0, silently."""
-    process = start("export", submit(local, provider, "x" * 200000), stdout=subprocess.PIPE)
+    process = start("export", submit(local, provider, "x" * 200000), "--format", form, stdout=subprocess.PIPE)
     process.stdout.close()
 
     assert process.stderr.read() == ""

@@ -4,12 +4,14 @@ import json
 import pickle
 import traceback
 from datetime import datetime, timedelta, timezone
+from typing import List, Optional
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, RootModel, ValidationError
 
+from synthgen.exceptions import ContentError
 from synthgen.models import (
     Batch,
     BatchList,
@@ -312,6 +314,165 @@ def test_a_completed_task_has_no_error():
     """And is ok."""
     assert completed({"choices": []}).ok
     assert completed({"choices": []}).error is None
+
+
+class Step(BaseModel):
+    """A part of what a model is asked for."""
+
+    text: str
+    tokens: Optional[int] = None
+
+
+class Solution(BaseModel):
+    """What a model is asked for."""
+
+    x: float
+    steps: List[Step] = Field(min_length=1)
+    checked: Optional[bool] = None
+
+
+SOLUTION = '{"x": 3, "steps": [{"text": "2x = 6"}]}'
+
+
+def answered(content, reason="stop", status="COMPLETED", **message):
+    """A task with this content."""
+    choice = {"message": {"content": content, **message}, "finish_reason": reason}
+    return TaskResponse(message_id="m-1", custom_id="eq-1", status=status, completions={"choices": [choice]})
+
+
+def not_parsed(result, model=Solution):
+    """Why there is no such model in a result."""
+    with pytest.raises(ContentError) as caught:
+        result.parse(model)
+    assert caught.value.__cause__ is caught.value.__context__ is None  # with all of what the provider said
+    return str(pickle.loads(pickle.dumps(caught.value)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SOLUTION,
+        f"\n  {SOLUTION}\n",
+        f"```json\n{SOLUTION}\n```",
+        f"```\n{SOLUTION}\n```\n",
+        f" ```JSON {SOLUTION}```",
+        SOLUTION.replace("2x = 6", "```json\\n{}\\n```"),
+    ],
+)
+def test_content_is_parsed_as_a_model(content):
+    """From JSON alone, or in one fence: what is in it is converted, what is optional may be missing."""
+    solution = answered(content).parse(Solution)
+
+    assert (solution.x, len(solution.steps), solution.checked) == (3.0, 1, None)
+    assert solution.steps[0].text in ("2x = 6", "```json\n{}\n```")
+
+
+def test_a_list_is_parsed_as_a_root_model():
+    """Where the whole of it is one."""
+    assert answered("[1, 2]").parse(RootModel[List[int]]).root == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "x = 3",
+        f"The answer is {SOLUTION}",
+        f"Here it is:\n```json\n{SOLUTION}\n```",
+        f"```json\n{SOLUTION}\n```\nAnything else?",
+        f"```json\n{SOLUTION}",
+        f"```json\n{SOLUTION}\n```\n```json\n{SOLUTION}\n```",
+        SOLUTION[:-1],
+        SOLUTION * 2,
+        SOLUTION.replace("2x", "\ud800"),
+        "[" * 100_000,
+    ],
+)
+def test_content_that_is_not_json_alone_is_refused(content):
+    """What is before or after it may matter: a script can look into the content itself."""
+    assert not_parsed(answered(content)).startswith("task 'eq-1': the content does not fit Solution: Invalid JSON: ")
+
+
+def test_content_of_another_shape_is_refused_with_the_places():
+    """Each that is wrong, in the order of the model."""
+    assert not_parsed(answered('{"x": "three", "steps": [{"text": "a"}, {"tokens": 1}]}')) == (
+        "task 'eq-1': the content does not fit Solution: x: Input should be a valid number, unable to parse string as "
+        "a number; steps.1.text: Field required"
+    )
+    assert not_parsed(answered("[]")).startswith("task 'eq-1': the content does not fit Solution: Input should be")
+
+
+def test_of_many_wrong_places_the_first_are_told():
+    """A long list may be wrong everywhere."""
+    told = not_parsed(answered(json.dumps(["a"] * 1000)), RootModel[List[int]])
+
+    assert "4: Input should" in told and "5: Input should" not in told and told.endswith("; ...")
+
+
+@pytest.mark.parametrize(
+    "result, wrong",
+    [
+        (answered(SOLUTION, "length"), "the token limit cut the content off (finish_reason: length)"),
+        (answered(SOLUTION, "content_filter"), "the provider filtered the answer, or the model refused ("),
+        (answered(None, refusal="I can't."), "the provider filtered the answer, or the model refused ("),
+        (answered(None, "tool_calls"), "there is no content (finish_reason: tool_calls)"),
+        (answered(None, status="PENDING"), "it is PENDING"),
+    ],
+)
+def test_an_answer_that_is_not_whole_is_not_parsed(result, wrong):
+    """The error says what it is instead, also where what there is would do."""
+    assert not_parsed(result).startswith(f"task 'eq-1': {wrong}")
+
+
+def test_a_failed_task_is_named_by_its_message_id_where_it_has_no_other():
+    """With the reason for which it failed."""
+    failed = TaskResponse(message_id="m-1", status="FAILED", completions={"error": "HTTP 400"})
+
+    assert not_parsed(failed) == "task 'm-1': it is FAILED: HTTP 400"
+
+
+@given(json_values)
+def test_parsing_ends_in_a_model_or_a_content_error(completions):
+    """Whatever a provider sent."""
+    for content in (completions, json.dumps(completions)):
+        for result in (completed(content), answered(content)):
+            try:
+                assert result.parse(Solution).steps
+            except ContentError:
+                pass
+
+
+def test_a_result_is_a_row_of_a_table():
+    """Flat; what the row is from is a JSON text, since it may be anything."""
+    usage = {"input_tokens": 4, "output_tokens": 5}
+    completions = {"content": [{"type": "text", "text": "x = 3"}], "stop_reason": "end_turn", "usage": usage}
+    fields = {"custom_id": "a", "dataset": "d", "duration": 56, "source": {"row": [17, "é"]}, "cached": True}
+
+    assert TaskResponse(message_id="m", status="COMPLETED", completions=completions, **fields).to_row() == {
+        "custom_id": "a",
+        "message_id": "m",
+        "ok": True,
+        "content": "x = 3",
+        "error": None,
+        "finish_reason": "end_turn",
+        "prompt_tokens": 4,
+        "completion_tokens": 5,
+        "total_tokens": 9,
+        "cached": True,
+        "duration_ms": 56,
+        "dataset": "d",
+        "source": '{"row": [17, "é"]}',
+    }
+
+
+def test_a_failed_task_is_a_row_too():
+    """With the same columns, and None in place of what there is not."""
+    row = completed({"error": "HTTP 400"}, "FAILED").to_row()
+
+    assert list(row) == list(completed({}).to_row())
+    assert {name: value for name, value in row.items() if value is not None} == {
+        "message_id": "m", "ok": False, "error": "HTTP 400", "cached": False,
+    }  # fmt: skip
 
 
 @given(json_values, st.sampled_from(["COMPLETED", "FAILED", "PENDING", "PAUSED"]))

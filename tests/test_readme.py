@@ -19,7 +19,7 @@ from readme_frame import FRAME, README, draw
 from servers import DEADLINE
 
 import synthgen
-from synthgen import SynthgenClient, exceptions
+from synthgen import SynthgenClient, TaskResponse, exceptions
 from synthgen.__main__ import main
 from synthgen.local import DemoProvider, LocalServer
 
@@ -76,6 +76,7 @@ def test_the_python_examples_run(running, capsys):
         "equation-1 x = 3\nequation-2 x = 3\n",
         "SynthgenClient('https://synthgen.example.com') 600.0\n",
         "a 17 x = 3 ",
+        "task 'b': the content does not fit Solution: Invalid JSON",
         "404 GET http://",
         "None x = 10\n",
         "healthy\n",
@@ -86,6 +87,17 @@ def test_the_python_examples_run(running, capsys):
         assert text in printed
     assert all(result.ok for result in namespace["results"])
     assert len(Path("results.jsonl").read_text(encoding="utf-8").splitlines()) == 100
+
+
+def test_a_data_frame_is_one_line():
+    """And has a row for each result, with the columns that it may be made to have."""
+    pandas = pytest.importorskip("pandas")
+    result = TaskResponse(message_id="m", custom_id="a", status="COMPLETED", source={"row": 17})
+    line, row = (re.search(f"`({start}[^`]*)`", TEXT).group(1) for start in (r"pandas\.DataFrame", r"{\*\*"))
+
+    frame = eval(line, {"pandas": pandas, "results": [result, result]})
+    assert list(frame["custom_id"]) == ["a", "a"] and list(frame["source"]) == ['{"row": 17}'] * 2
+    assert eval(row, {"result": result}) == {**result.to_row(), "row": 17}
 
 
 def test_the_commands_run(running, monkeypatch, capsys):
@@ -104,6 +116,7 @@ def test_the_commands_run(running, monkeypatch, capsys):
         assert not jq or all(jq in json.loads(result) for result in written.splitlines())
 
     assert {line.split()[1] for line in run} == {"run", "batches", "watch", "export", "stats", "delete", "health"}
+    assert len(Path("table.csv").read_text(encoding="utf-8").splitlines()) == 3
     for name in ("results.jsonl", "answers.jsonl"):
         results = [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
         assert [result["custom_id"] for result in results] == ["a", "b"]
@@ -170,14 +183,14 @@ def test_every_error_is_named():
 
 
 def test_the_api_errors_are_those_said_to_be():
-    """All but the first two and the last three of the table."""
-    assert "All but the first two and the last three are `APIError`s" in TEXT
+    """All but the first three and the last three of the table."""
+    assert "All but the first three and the last three are `APIError`s" in TEXT
     rows = [re.findall(r"`(\w+)`", row[0]) for row in table("exception | what happened | what to do")]
 
     for number, names in enumerate(rows):
         for name in names:
             is_api_error = issubclass(getattr(exceptions, name), exceptions.APIError)
-            assert is_api_error == (2 <= number < len(rows) - 3), name
+            assert is_api_error == (3 <= number < len(rows) - 3), name
 
 
 @pytest.mark.parametrize("fault, seen", table("fault | what you see"))

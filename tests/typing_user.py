@@ -1,7 +1,9 @@
 """What a user's type checker sees: read by mypy --strict, against the package as installed, and never run."""
 
 from pathlib import Path
-from typing import Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
+
+from pydantic import BaseModel
 
 from synthgen import (
     APIError,
@@ -9,6 +11,7 @@ from synthgen import (
     BatchCost,
     BatchUploadError,
     CalendarInterval,
+    ContentError,
     HealthResponse,
     Monitor,
     NotFoundError,
@@ -76,6 +79,22 @@ def look_around(client: SynthgenClient, batch_id: str) -> float:
     written: int = client.export_batch(batch_id, Path("results.jsonl"))
     print(consumers, len(batches), busiest, written)
     return cost + stats.summary.cache_hit_rate
+
+
+class Solution(BaseModel):
+    """A model of the user's own."""
+
+    x: float
+
+
+def parse(result: TaskResponse) -> Optional[float]:
+    try:
+        solution: Solution = result.parse(Solution)
+    except ContentError as error:
+        print(error.message, result.finish_reason, result.cut_off or result.filtered)
+        return None
+    row: Dict[str, Any] = result.to_row()
+    return solution.x + len(row)
 
 
 def handle(client: SynthgenClient) -> Optional[float]:
