@@ -98,9 +98,10 @@ def _sum(counts: Dict[str, Any], names: Tuple[str, ...]) -> int:
 def _parts(completions: Any) -> Iterator[Tuple[str, str]]:
     """What the first choice is made of: the kind of each part, and its text where the kind is ``text``."""
     choice, output = at(completions, "choices", 0), at(completions, "output")
-    content = at(choice, "message", "content")
+    message = at(choice, "message")
+    content = at(message, "content")
     yield from _split(at(choice, "text") if content is None else content)
-    yield from ((kind, "") for kind in _BESIDE_CONTENT if at(choice, "message", kind))
+    yield from ((kind, "") for kind in _BESIDE_CONTENT if at(message, kind))
     if choice is not None:
         return
     for item in output if isinstance(output, list) else ():  # Responses

@@ -113,22 +113,17 @@ class Progress:
         if batch is None:
             return []
         taken = self.elapsed if self.uploaded or batch.duration is None else batch.duration
+        cost = f"{money(self.cost.total)} ({money(self.cost.input)} in, {money(self.cost.output)} out)"
         rows = [
-            ("tasks", f"{self.total:,}: {', '.join(self.counts()[:3])}"),
-            ("duration", duration(taken)),
-            ("tokens", f"{batch.prompt_tokens:,} in, {batch.completion_tokens:,} out"),
+            (True, "tasks", f"{self.total:,}: {', '.join(self.counts()[:3])}"),
+            (True, "duration", duration(taken)),
+            (True, "tokens", f"{batch.prompt_tokens:,} in, {batch.completion_tokens:,} out"),
+            (self.cost.total, "cost", cost),
+            (batch.cached_tasks, "cache", f"saved {plural(batch.cached_tasks, 'call')}"),
+            (self.cut_off, "cut off", f"{plural(self.cut_off, 'result')} ended at the token limit"),
+            (self.filtered, "filtered", f"{plural(self.filtered, 'result')} held back by the provider, or refused"),
         ]
-        if self.cost.total:
-            rows.append(
-                ("cost", f"{money(self.cost.total)} ({money(self.cost.input)} in, {money(self.cost.output)} out)")
-            )
-        if batch.cached_tasks:
-            rows.append(("cache", f"saved {plural(batch.cached_tasks, 'call')}"))
-        if self.cut_off:
-            rows.append(("cut off", f"{plural(self.cut_off, 'result')} ended at the token limit"))
-        if self.filtered:
-            rows.append(("filtered", f"{plural(self.filtered, 'result')} held back by the provider, or refused"))
-        return rows + self._failure_rows()
+        return [(label, text) for there_is, label, text in rows if there_is] + self._failure_rows()
 
     def _failure_rows(self) -> List[Tuple[str, str]]:
         texts = [
