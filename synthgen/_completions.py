@@ -9,10 +9,8 @@ from typing import Any, Dict, Iterator, Optional, Tuple
 
 __all__ = ["at", "finish_reason", "is_cut_off", "is_filtered", "is_usable", "text", "usage"]
 
-_CUT_OFF = re.compile("length|max_tokens|max_output_tokens|model_length|model_context_window_exceeded", re.IGNORECASE)
-_FILTERED = re.compile(
-    "content_filter|refusal|sensitive|blocklist|spii|(image_)?(safety|recitation|prohibited_content)", re.IGNORECASE
-)
+_CUT_OFF = re.compile("(?i)length|max_tokens|max_output_tokens|model_length|model_context_window_exceeded")
+_FILTERED = re.compile("(?i)content_filter|refusal|sensitive|blocklist|spii|.*(safety|recitation|prohibited_content)")
 _BESIDE_CONTENT = ("refusal", "tool_calls", "function_call", "audio", "images")
 _THOUGHTS = {"thought", "thinking", "redacted_thinking", "reasoning"}
 #: The names of input and of output tokens. A gateway may send more than one of these: the first is taken.
@@ -67,10 +65,7 @@ def is_filtered(completions: Any) -> bool:
 
 
 def is_usable(completions: Any) -> bool:
-    """Whether an answer holds something, such as a text, a call or an embedding, and was not filtered.
-
-    One that is not usable is not for an identical task: another call may be answered better.
-    """
+    """Whether an answer holds a text, a call or the like, unfiltered, so that it may serve an identical task."""
     if not completions or is_filtered(completions):
         return False
     if all(at(completions, name) is None for name in ("choices", "output", "candidates", "content")):
