@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any, Dict, List, Optional, Type, TypeVar, Union
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError, SchemaValidator, core_schema, to_json
 
 from . import _completions
 from .exceptions import ContentError
@@ -89,8 +89,43 @@ _Status = Field(union_mode="left_to_right")
 # ---------------------------------------------------------------------------------------------- sent
 
 # Made once: json.dumps would make an encoder for each text.
-_to_ascii = json.JSONEncoder(ensure_ascii=True, allow_nan=False).encode
+_to_ascii = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 _to_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+_json = core_schema.definition_reference_schema("json")
+_json_text = core_schema.str_schema(strict=True, min_length=0)  # a length is counted in UTF-8: no lone surrogates
+_json_kinds: List[Any] = [
+    _json_text,
+    core_schema.none_schema(),
+    core_schema.bool_schema(strict=True),
+    core_schema.dict_schema(_json_text, _json, strict=True),
+    core_schema.list_schema(_json, strict=True),
+    # What is out of this range is no float either; below, a float would be taken for a whole number that is too large.
+    core_schema.int_schema(strict=True, ge=-(10**309), le=10**309),
+    core_schema.float_schema(strict=True, allow_inf_nan=False),
+]
+#: A copy in plain types of what pydantic-core is sure to write as json would.
+_plain_copy = SchemaValidator(
+    core_schema.definitions_schema(_json, [core_schema.union_schema(_json_kinds, mode="left_to_right", ref="json")])
+).validate_python
+
+
+def as_json(value: Any) -> Any:
+    """The value as JSON would give it back: nothing but plain types, with text for keys.
+
+    Raises:
+        TypeError, ValueError: JSON can't say it.
+    """
+    try:
+        return _plain_copy(value)
+    except ValidationError:
+        pass  # tuples, keys that are numbers, or no JSON: rare, and for json to say
+    try:
+        text = _to_text(value)
+        text.encode("utf-8")
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 class Task(BaseModel):
@@ -100,7 +135,7 @@ class Task(BaseModel):
     ``pydantic.ValidationError``. Neither such an error nor the ``repr`` shows the ``api_key``.
     """
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, str_min_length=0)  # see _json_text
 
     #: Your name for the task; its result carries it too. It need not be unique.
     custom_id: Optional[str] = None
@@ -132,12 +167,12 @@ class Task(BaseModel):
         task: Task = _hiding_inputs(super().model_validate_json, json_data, **kwargs)
         return task
 
-    @field_validator("custom_id", "method", "url", "api_key", "body", "dataset", "source")
+    @field_validator("body", "source")
     @classmethod
     def _is_json(cls, value: Any) -> Any:
         try:
-            (value if isinstance(value, str) else _to_text(value)).encode("utf-8")
-        except (TypeError, ValueError, RecursionError) as exc:
+            as_json(value)
+        except (TypeError, ValueError) as exc:
             raise ValueError(f"can't be sent as JSON: {exc}") from None
         return value
 
@@ -159,9 +194,16 @@ class Task(BaseModel):
         """The task as one line of the JSONL that is uploaded: ASCII, every field, no newline.
 
         Raises:
-            TypeError, ValueError: The ``body`` was changed to something that JSON can't say.
+            TypeError, ValueError: A field was changed to something that JSON can't say.
         """
-        return _to_ascii(self.__dict__).encode("ascii")
+        fields = as_json(self.__dict__)
+        try:
+            line = to_json(fields)
+            if line.isascii():
+                return line
+        except ValueError:
+            pass  # nested deeper than pydantic-core goes
+        return _to_ascii(fields).encode("ascii")
 
 
 def _hiding_inputs(validate: Any, data: Any, **kwargs: Any) -> Any:

@@ -3,8 +3,13 @@
 import json
 import pickle
 import traceback
-from datetime import datetime, timedelta, timezone
+from collections import OrderedDict, namedtuple
+from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
 from typing import List, Optional
+from uuid import UUID
 
 import pytest
 from hypothesis import given
@@ -95,6 +100,78 @@ def test_what_json_cannot_say_is_refused_by_its_field(field, value):
 
     assert error["loc"] == (field,)
     assert "JSON" in error["msg"]
+
+
+class Word(str, Enum):
+    """Text that is not its value, which a serializer might take in its place."""
+
+    ONE = "one"
+    __str__ = Enum.__str__
+
+    def __new__(cls, text):
+        member = str.__new__(cls, text)
+        member._value_ = f"the value of {text}"
+        return member
+
+
+class Kind(Enum):
+    ONE = 1
+
+
+#: What json takes as it is, what it takes for something else, and what it refuses; pydantic-core would take it all.
+odd = st.sampled_from(
+    [Word.ONE, Kind.ONE, TaskStatus.FAILED, (1, [2]), namedtuple("Pair", "a b")(1, 2), OrderedDict(b=1, a=2), {1: 2}]
+    + [{None: 1}, {True: 1, False: 0}, {1.5: 1}, {1: 1, "1": 2}, {(1,): 1}, {Word.ONE: 1}, {b"k": 1}, {"\udfff": 1}]
+    + [2**63, -(2**63) - 1, 10**308, 10**309, -(10**400), 1e22, 5e-324, -0.0, 0.1, float("nan"), float("-inf")]
+    + ["\ud800", "\U0001f642\u2028\x7f\x00", b"b", bytearray(b"b"), {1}, frozenset([1]), range(2), Decimal("1.5")]
+    + [datetime(2026, 1, 1), date(2026, 1, 1), timedelta(1), UUID(int=1), PurePath("p"), object(), Batch, 1j]
+)
+anything = st.recursive(
+    odd | json_values,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(anything)
+def test_what_is_sent_is_what_the_json_module_would_say(value):
+    """The same values are refused, when a task is made and when it was changed since, and the same ones come back."""
+    body = {"value": value}
+    try:
+        text = json.dumps(body, allow_nan=False, ensure_ascii=False)
+        text.encode("utf-8")
+    except (TypeError, ValueError):
+        assert refusal(body=body).errors()[0]["loc"] == ("body",)
+        made = task()
+        made.body = body
+        with pytest.raises((TypeError, ValueError)):
+            made.to_line()
+    else:
+        line = task(body=body).to_line()
+        assert repr(json.loads(line)["body"]) == repr(json.loads(text))
+        assert line.isascii()
+
+
+@pytest.mark.parametrize("depth", [200, 300, 400])
+def test_a_body_may_be_nested_deeper_than_pydantic_goes(depth):
+    """As deep as json goes."""
+    body = {}
+    for _ in range(depth):
+        body = {"deeper": [body]}
+
+    assert json.loads(task(body=body).to_line())["body"] == body
+
+
+@pytest.mark.parametrize("name", ["custom_id", "url", "dataset", "source"])
+@pytest.mark.parametrize("value", [{1, 2}, b"bytes", datetime(2026, 1, 1), float("nan"), "\ud800"], ids=repr)
+def test_no_field_is_changed_to_what_json_cannot_say_unseen(name, value):
+    """Nor made so without validation: what pydantic-core would put in its place is not sent."""
+    changed, unchecked = task(), Task.model_construct(**{"url": URL, "body": {}, name: value})
+    setattr(changed, name, value)
+
+    for one in (changed, unchecked):
+        with pytest.raises((TypeError, ValueError)):
+            one.to_line()
 
 
 def test_a_body_that_holds_itself_is_refused():
