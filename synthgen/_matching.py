@@ -9,66 +9,96 @@ import json
 from collections import defaultdict
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
-from .models import Task, TaskResponse, TaskStatus
+from pydantic_core import to_json
 
-__all__ = ["match"]
+from .models import Task, TaskResponse, TaskStatus, as_json
+
+__all__ = ["match", "result_digest", "task_digest"]
 
 #: custom_id, URL, method.
 _Name = Tuple[Optional[str], Optional[str], Optional[str]]
-
-_to_sorted_json = json.JSONEncoder(sort_keys=True).encode
 
 
 def match(
     tasks: Sequence[Task],
     results: Iterable[TaskResponse],
-    look_up: Callable[[TaskResponse], TaskResponse],
+    look_up: Callable[[List[TaskResponse]], Iterable[TaskResponse]],
 ) -> Tuple[List[Optional[TaskResponse]], int]:
     """Give each task its own result, with the task's custom_id in it.
 
     Args:
         tasks: What was submitted.
         results: What came back, in any order; unfinished tasks among them are passed over.
-        look_up: Asks the server for a result with its custom_id, and gives back the same result where it
-            has none; called only where tasks are alike.
+        look_up: Asks the server for results with their custom_id, and gives back the same one where it
+            has none; called once at most, with those whose tasks are alike.
 
     Returns:
         For each task its result or None, and how many results belong to no task.
     """
-    alike: Dict[bytes, Tuple[List[int], List[TaskResponse]]] = {}
+    alike: Dict[bytes, List[int]] = {}
     for index, task in enumerate(tasks):
-        as_sent = _with_text_keys([task.body, task.dataset, task.source])
-        alike.setdefault(_digest(as_sent), ([], []))[0].append(index)
+        alike.setdefault(task_digest(task), []).append(index)
 
     surplus = 0
+    candidates: Dict[bytes, List[TaskResponse]] = {}
     for result in results:
         if result.status in (TaskStatus.PENDING, TaskStatus.PROCESSING):
             continue
         surplus += 1
-        digest = _digest([result.body, result.dataset, result.source])
+        digest = result_digest(result)
         if digest in alike:
-            alike[digest][1].append(result)
+            candidates.setdefault(digest, []).append(result)
+
+    names = [(task.custom_id, task.url, task.method) for task in tasks]
+    unnamed = [
+        result
+        for digest, found in candidates.items()
+        if len({names[index] for index in alike[digest]}) > 1
+        for result in found
+        if "custom_id" not in result.model_fields_set
+    ]
+    looked_up = {result.message_id: result for result in look_up(unnamed)} if unnamed else {}
 
     matched: List[Optional[TaskResponse]] = [None] * len(tasks)
-    for indices, candidates in alike.values():
-        names = [(tasks[i].custom_id, tasks[i].url, tasks[i].method) for i in indices]
-        for index, found in zip(indices, _share_out(names, candidates, look_up)):
-            if found is not None:
-                found.custom_id = tasks[index].custom_id
-                matched[index] = found
+    for digest, found in candidates.items():
+        found = [looked_up.get(result.message_id, result) for result in found]
+        for index, one in zip(alike[digest], _share_out([names[index] for index in alike[digest]], found)):
+            if one is not None:
+                one.custom_id = tasks[index].custom_id
+                matched[index] = one
                 surplus -= 1
     return matched, surplus
 
 
-def _share_out(
-    names: Sequence[_Name], results: Sequence[TaskResponse], look_up: Callable[[TaskResponse], TaskResponse]
-) -> List[Optional[TaskResponse]]:
+def task_digest(task: Task) -> bytes:
+    """16 bytes that tasks alike in body, dataset and source have in common, with each other and with their results."""
+    return _digest(as_json([task.body, task.dataset, task.source]))
+
+
+def result_digest(result: TaskResponse) -> bytes:
+    """The same of a result."""
+    return _digest([result.body, result.dataset, result.source])
+
+
+def _digest(identity: Any) -> bytes:
+    try:
+        text = to_json(_sorted(identity))
+    except (ValueError, RecursionError):  # lone surrogates, or nested deeper than pydantic-core goes
+        text = json.dumps(identity, sort_keys=True).encode("ascii")
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def _sorted(value: Any) -> Any:
+    """The value with all keys in order: a server may change that."""
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return list(map(_sorted, value)) if isinstance(value, list) else value
+
+
+def _share_out(names: Sequence[_Name], results: Sequence[TaskResponse]) -> List[Optional[TaskResponse]]:
     """One result for each name of tasks that are alike in all else; of several, one that completed."""
-    one_name = len(set(names)) == 1
     by_name: Dict[Optional[_Name], List[TaskResponse]] = defaultdict(list)
     for result in sorted(results, key=lambda result: result.ok):  # pop() takes from the end
-        if "custom_id" not in result.model_fields_set and not one_name:
-            result = look_up(result)
         is_named = "custom_id" in result.model_fields_set
         by_name[(result.custom_id, result.url, result.method) if is_named else None].append(result)
     shared: List[Optional[TaskResponse]] = []
@@ -76,16 +106,3 @@ def _share_out(
         keys = (name, (name[0], None, None), None)  # the framework gives a custom_id alone, or none of them
         shared.append(next((by_name[key].pop() for key in keys if by_name[key]), None))
     return shared
-
-
-def _with_text_keys(value: Any) -> Any:
-    """The value with every key as JSON has it, so that keys are sorted as those of a result are."""
-    if isinstance(value, dict):
-        return {k if isinstance(k, str) else json.dumps(k): _with_text_keys(item) for k, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_with_text_keys(item) for item in value]
-    return value
-
-
-def _digest(identity: Any) -> bytes:
-    return hashlib.blake2b(_to_sorted_json(identity).encode("ascii"), digest_size=16).digest()

@@ -13,6 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Sized
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from http.cookiejar import DefaultCookiePolicy
 from itertools import count
@@ -70,6 +71,7 @@ _CONNECT_TIMEOUT = 10.0
 _HEALTH_TIMEOUT = 30.0  # the framework needs 8 s and more to say that Elasticsearch is down
 _READ_BYTES = 64 * 1024
 _IDLE_CONNECTIONS = 64  # kept for so many threads
+_LOOK_UPS_AT_ONCE = 16
 
 _Item = TypeVar("_Item")
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -513,16 +515,25 @@ class SynthgenClient:
         downloaded = list(_counted(self.iter_batch_tasks(batch_id), monitor, batch.finished_tasks))
         if tasks is None:
             return downloaded, [], 0
-        matched, surplus = match(tasks, downloaded, self._with_custom_id)
+        matched, surplus = match(
+            tasks, downloaded, lambda results: _counted(self._with_custom_ids(results), monitor, len(results))
+        )
         results = [result for result in matched if result is not None]
         missing = [task for task, result in zip(tasks, matched) if result is None]
         return results, missing, surplus
 
-    def _with_custom_id(self, result: TaskResponse) -> TaskResponse:
-        try:
-            return self.get_task(result.message_id)
-        except NotFoundError:  # deleted since
-            return result
+    def _with_custom_ids(self, results: List[TaskResponse]) -> Iterator[TaskResponse]:
+        """Each result as the server has it by itself, which is with its custom_id; or as it is, where that is gone."""
+
+        def look_up(result: TaskResponse) -> TaskResponse:
+            try:
+                return self.get_task(result.message_id)
+            except NotFoundError:
+                return result
+
+        # A session of the caller's may know nothing of threads.
+        with ThreadPoolExecutor(1 if self._given_session else _LOOK_UPS_AT_ONCE) as pool:
+            yield from pool.map(look_up, results)
 
     # Exports.
 

@@ -317,6 +317,31 @@ def test_a_cancelled_upload_is_not_sent_again(run, server):
     assert len(server.requests) == 1
 
 
+def test_cancelled_matching_asks_for_no_more_tasks(run, server):
+    """Those that are alike are asked for several at a time; the others no more."""
+    answered = threading.Event()
+    (one,) = tasks(1)
+    alike = [one.model_copy(update={"custom_id": str(number)}) for number in range(100)]
+    server.answer("GET", "/health", {"status": "healthy", "services": {}})
+    server.answer("GET", BATCH, batch(100))
+    server.answer("GET", EXPORT, Answer(chunks=[export_line(framework_task(number) for number in range(100))]))
+    for number in range(100):
+        server.answer("GET", f"/api/v1/tasks/{number}", Answer(framework_task(number), hold=answered))
+
+    async def main():
+        async with AsyncSynthgenClient(server.url) as client:
+            call = asyncio.ensure_future(client.monitor_batch(alike, "b", show_progress=False))
+            await in_thread(server.wait_for_requests, 6)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            answered.set()
+
+    run(main())
+
+    assert len(server.requests) < 50
+
+
 def test_a_cancelled_download_closes_its_connection(run, server):
     """The thread does not read to the end what nobody wants."""
     stream = Stream()

@@ -1,15 +1,17 @@
 """Each task gets its own result, whatever the server tells of which is which."""
 
+import json
+import threading
 from collections import Counter
 
 import pytest
 from builders import URL, batch, export_line, framework_task, local_task, task
 from hypothesis import given
 from hypothesis import strategies as st
-from servers import Answer
+from servers import DEADLINE, Answer
 
 from synthgen import Monitor, SynthgenClient, Task, TaskResponse
-from synthgen._matching import match
+from synthgen._matching import match, result_digest, task_digest
 
 OTHER_URL = "http://other.test/v1/chat/completions"
 
@@ -20,7 +22,8 @@ def no_look_up(result):
 
 def matched(tasks, exported, look_up=no_look_up):
     """The message id of each task's result, and the number of surplus results."""
-    results, surplus = match(tasks, [TaskResponse(**one) for one in exported], look_up)
+    responses = [TaskResponse(**one) for one in exported]
+    results, surplus = match(tasks, responses, lambda unnamed: map(look_up, unnamed))
     for one, result in zip(tasks, results):
         assert result is None or result.custom_id == one.custom_id
     return [result and result.message_id for result in results], surplus
@@ -89,6 +92,30 @@ def test_integer_keys_come_back_as_text():
     biased = Task(url=URL, body={"logit_bias": {9: -100, 10: 1.5}})  # as text, 10 comes first
 
     assert matched([task(), biased], [framework_task(1, biased), framework_task(0)]) == (["0", "1"], 0)
+
+
+@pytest.mark.parametrize("value", [(1, 2), {"b": {"d": 1, "c": 2}, "a": [{"f": 1, "e": 2}]}, 2**70, 1e22, "\u00e9"])
+def test_a_result_has_the_digest_of_its_task(value):
+    """Whatever JSON made of it, and in whatever order a server gives the keys back."""
+    one = task(value)
+    back = json.loads(json.dumps(framework_task(0, one), sort_keys=True))
+
+    assert len(task_digest(one)) == 16
+    assert task_digest(one) == result_digest(TaskResponse(**back))
+
+
+@pytest.mark.parametrize("others", [(1, 1.0, True, "1"), ({}, [], None, ""), ([1, 2], [2, 1]), ({"a": {}}, {"a": []})])
+def test_what_differs_in_json_has_digests_of_its_own(others):
+    """Though Python may call it equal."""
+    assert len({task_digest(task(value)) for value in others}) == len(others)
+
+
+@pytest.mark.parametrize("value", ["\ud800", float("nan"), 10**400], ids=["surrogate", "nan", "int"])
+def test_a_result_that_no_task_could_have_is_surplus(value):
+    """A server may send what no task may hold."""
+    stranger = TaskResponse(**{**framework_task(1), "source": {"value": value}})
+
+    assert match([task()], [stranger, TaskResponse(**framework_task(0))], no_look_up)[1] == 1
 
 
 def test_tasks_alike_in_all_share_the_results_out():
@@ -265,6 +292,30 @@ def test_a_surplus_is_noted(collect):
     collect([task()], [framework_task(0), framework_task(1)], Recorder())
 
     assert len(notes) == 1 and "1 more result" in notes[0]
+
+
+def test_single_tasks_are_asked_for_side_by_side(server, collect):
+    """Each answer waits until all are asked for; the monitor is told how many came."""
+    tasks = [task(custom_id=str(number)) for number in range(4)]
+    all_asked = threading.Barrier(4)
+
+    def answer(request):
+        all_asked.wait(DEADLINE)
+        number = request.path.rpartition("/")[2]
+        return framework_task(number, custom_id=number)
+
+    class Recorder(Monitor):
+        def download(self, received, total):
+            downloads.append((received, total))
+
+    downloads = []
+    for number in range(4):
+        server.answer("GET", f"/api/v1/tasks/{number}", answer)
+
+    results = collect(tasks, [framework_task(number) for number in (3, 1, 0, 2)], Recorder())
+
+    assert [result.message_id for result in results] == [result.custom_id for result in results] == list("0123")
+    assert downloads == [(1, 4), (4, 4)] * 2
 
 
 def test_a_result_deleted_since_is_no_error(server, collect):
