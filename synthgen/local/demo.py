@@ -2,12 +2,13 @@
 
 import ast
 import json
+import operator
 import re
 import time
 import uuid
 from contextlib import suppress
 from fractions import Fraction
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from .webserver import HTTPError, Request, Response, WebServer, json_response
 
@@ -21,6 +22,14 @@ _SIGNS = str.maketrans({"−": "-", "–": "-", "·": "*", "×": "*", "⋅": "*"
 _WORDS = re.compile(r"[^\W\d_]{2,}|[^\w\s.+\-*/()=]|[.](?!\d)|_")
 #: Where 2x and 2(x + 1) have no sign.
 _IMPLIED_TIMES = re.compile(r"(?<=[\w)])\s*(?=[^\W\d]|\()")
+_OPERATORS: Dict[type, Callable[..., Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
 
 
 class DemoProvider:
@@ -53,17 +62,18 @@ class DemoProvider:
 def solve(text: str) -> Optional[str]:
     """The solution of the equation in a text, e.g. ``x = 7/3``; None if there is no equation to be found."""
     for piece in reversed(_WORDS.split(text.translate(_SIGNS))):
-        left, equals, right = piece.partition("=")
         unknowns = set(filter(str.isalpha, piece))
-        if equals and len(unknowns) == 1 and len(piece) <= _MAX_EQUATION:
-            with suppress(SyntaxError, ValueError, ZeroDivisionError):  # something else
-                return _solution(left, right, unknowns.pop())
+        if piece.count("=") == len(unknowns) == 1 and len(piece) <= _MAX_EQUATION:
+            with suppress(KeyError, SyntaxError, ValueError, ZeroDivisionError):  # something else
+                return _solution(_IMPLIED_TIMES.sub("*", piece).split("="), unknowns.pop())
     return None
 
 
-def _solution(left: str, right: str, unknown: str) -> str:
+def _solution(sides: List[str], unknown: str) -> str:
     """Where two expressions are equal: two points of their difference give the line, a third shows that it is one."""
-    at_0, at_1, at_9 = (_value(left, Fraction(x)) - _value(right, Fraction(x)) for x in (0, 1, 9))
+    left, right = (ast.parse(side.strip(), mode="eval").body for side in sides)
+    points = ({unknown: Fraction(x)} for x in (0, 1, 9))
+    at_0, at_1, at_9 = (_value(left, point) - _value(right, point) for point in points)
     slope = at_1 - at_0
     if at_9 != at_0 + 9 * slope:
         raise ValueError("not linear")
@@ -72,30 +82,15 @@ def _solution(left: str, right: str, unknown: str) -> str:
     return "no solution" if at_0 else f"any {unknown}"
 
 
-def _value(expression: str, unknown: Fraction) -> Fraction:
-    """The value of an expression, exactly, for a value of its unknown."""
-    return _evaluate(ast.parse(_IMPLIED_TIMES.sub("*", expression.strip()), mode="eval").body, unknown)
-
-
-def _evaluate(node: ast.AST, unknown: Fraction) -> Fraction:
+def _value(node: ast.AST, names: Dict[str, Fraction]) -> Fraction:
+    """The value of an expression, exactly."""
     if isinstance(node, ast.BinOp):
-        left, right = _evaluate(node.left, unknown), _evaluate(node.right, unknown)
-        if isinstance(node.op, ast.Add):
-            return left + right
-        if isinstance(node.op, ast.Sub):
-            return left - right
-        if isinstance(node.op, ast.Mult):
-            return left * right
-        if isinstance(node.op, ast.Div):
-            return left / right
-    elif isinstance(node, ast.UnaryOp):
-        operand = _evaluate(node.operand, unknown)
-        return -operand if isinstance(node.op, ast.USub) else operand
-    elif isinstance(node, ast.Name) and len(node.id) == 1:
-        return unknown
-    elif isinstance(node, ast.Constant):
-        return Fraction(repr(node.value))
-    raise ValueError("not an expression")
+        return _OPERATORS[type(node.op)](_value(node.left, names), _value(node.right, names))
+    if isinstance(node, ast.UnaryOp):
+        return _OPERATORS[type(node.op)](_value(node.operand, names))
+    if isinstance(node, ast.Name):
+        return names[node.id]
+    return Fraction(repr(ast.literal_eval(node)))  # as it is written: 0.1 is 1/10
 
 
 def _respond(request: Request) -> Response:
@@ -105,23 +100,18 @@ def _respond(request: Request) -> Response:
         raise HTTPError(405, "ask with POST", {"Allow": "POST"})
     try:
         asked = json.loads(request.body().decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise HTTPError(400, "the body is not JSON") from None
-    messages = asked.get("messages") if isinstance(asked, dict) else None
-    if not isinstance(messages, list):
-        raise HTTPError(400, "'messages' must be a list")
-    prompts = [_text(message) for message in messages if isinstance(message, dict) and message.get("role") == "user"]
-    if not prompts:
-        raise HTTPError(400, "'messages' must have one of the role 'user'")
-    answer = solve(prompts[-1]) or _HELP
-    return json_response(_completion(asked.get("model"), sum(map(_tokens, map(_text, messages))), answer))
+        messages = [(message.get("role"), _text(message.get("content"))) for message in asked["messages"]]
+        prompt = [text for role, text in messages if role == "user"][-1]
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        raise HTTPError(400, "the body must be JSON with 'messages', a list with one of the role 'user'") from None
+    prompt_tokens = sum(_tokens(text) for _, text in messages)
+    return json_response(_completion(asked.get("model"), prompt_tokens, solve(prompt) or _HELP))
 
 
-def _text(message: Any) -> str:
-    """The text of a message, whose content may be text or a list of parts."""
-    content = message.get("content") if isinstance(message, dict) else None
+def _text(content: Any) -> str:
+    """The text of a message's content: text, or a list of parts."""
     parts = content if isinstance(content, list) else [{"text": content}]
-    return " ".join(str(part["text"]) for part in parts if isinstance(part, dict) and part.get("text"))
+    return " ".join(str(part["text"]) for part in parts if part.get("text"))
 
 
 def _tokens(text: str) -> int:
