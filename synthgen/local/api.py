@@ -191,12 +191,7 @@ class API:
     # Statistics.
 
     def _get_task_stats(self, request: Request) -> Response:
-        totals = self._store.totals()
-        tokens = {
-            name: totals[name] + totals[f"cached_{name}"]
-            for name in ("total_tokens", "prompt_tokens", "completion_tokens")
-        }
-        return json_response({**self._counters(totals, len(self._processing())), **tokens})
+        return json_response(self._counters(self._store.totals(), len(self._processing())))
 
     def _get_stats(self, request: Request, batch_id: str) -> Response:
         time_range, interval = request.query.get("time_range", "24h"), request.query.get("interval", "1h")
@@ -230,6 +225,9 @@ class API:
             "pending_tasks": waiting - processing,
             "processing_tasks": processing,
             "cached_tasks": row["cached"],
+            "total_tokens": row["total_tokens"],
+            "prompt_tokens": row["prompt_tokens"],
+            "completion_tokens": row["completion_tokens"],
         }
 
     def _batch(self, row: sqlite3.Row, processing: Dict[int, int]) -> Dict[str, Any]:
@@ -244,9 +242,6 @@ class API:
             "started_at": format_time(started),
             "completed_at": format_time(completed),
             "duration": (completed - row["created_at"]) // 1_000_000 if completed else None,
-            "total_tokens": row["total_tokens"],
-            "prompt_tokens": row["prompt_tokens"],
-            "completion_tokens": row["completion_tokens"],
         }
 
     def _total(self, row: Optional[sqlite3.Row], status: Optional[str]) -> int:

@@ -27,21 +27,32 @@ _TASK_BITS = 32
 _PAGE = 100
 _PAGE_CHARACTERS = 1 << 20
 
-_SCHEMA = """
+#: What a batch counts of its tasks that have ended, and how much each of them adds.
+_COUNTERS = {
+    "completed": "{task}.status = 'COMPLETED' AND NOT {task}.cached",
+    "failed": "{task}.status = 'FAILED'",
+    "cached": "{task}.cached",
+    "prompt_tokens": "{task}.prompt_tokens * (NOT {task}.cached)",
+    "completion_tokens": "{task}.completion_tokens * (NOT {task}.cached)",
+    "total_tokens": "{task}.total_tokens * (NOT {task}.cached)",
+    "cached_prompt_tokens": "{task}.prompt_tokens * {task}.cached",
+    "cached_completion_tokens": "{task}.completion_tokens * {task}.cached",
+    "cached_total_tokens": "{task}.total_tokens * {task}.cached",
+}
+
+
+def _count(sign: str, task: str) -> str:
+    """What an UPDATE sets, to add a task to the counters or to take it off."""
+    return ", ".join(f"{name} = {name} {sign} ({adds.format(task=task)})" for name, adds in _COUNTERS.items())
+
+
+_SCHEMA = f"""
 CREATE TABLE batches (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     batch_id TEXT NOT NULL UNIQUE,
     last_task INTEGER NOT NULL DEFAULT 0,
     total INTEGER NOT NULL DEFAULT 0,
-    completed INTEGER NOT NULL DEFAULT 0,
-    failed INTEGER NOT NULL DEFAULT 0,
-    cached INTEGER NOT NULL DEFAULT 0,
-    prompt_tokens INTEGER NOT NULL DEFAULT 0,
-    completion_tokens INTEGER NOT NULL DEFAULT 0,
-    total_tokens INTEGER NOT NULL DEFAULT 0,
-    cached_prompt_tokens INTEGER NOT NULL DEFAULT 0,
-    cached_completion_tokens INTEGER NOT NULL DEFAULT 0,
-    cached_total_tokens INTEGER NOT NULL DEFAULT 0,
+    {" ".join(f"{name} INTEGER NOT NULL DEFAULT 0," for name in _COUNTERS)}
     created_at INTEGER NOT NULL,
     started_at INTEGER,
     completed_at INTEGER
@@ -72,33 +83,14 @@ CREATE TABLE tasks (  -- what is small first: a scan does not read the pages of 
 CREATE INDEX cache ON tasks (cache_key) WHERE cache_key IS NOT NULL;
 CREATE TRIGGER task_ended AFTER UPDATE OF status ON tasks BEGIN
     UPDATE batches SET
-        completed = completed + (NEW.status = 'COMPLETED' AND NOT NEW.cached),
-        failed = failed + (NEW.status = 'FAILED'),
-        cached = cached + NEW.cached,
-        prompt_tokens = prompt_tokens + NEW.prompt_tokens * (NOT NEW.cached),
-        completion_tokens = completion_tokens + NEW.completion_tokens * (NOT NEW.cached),
-        total_tokens = total_tokens + NEW.total_tokens * (NOT NEW.cached),
-        cached_prompt_tokens = cached_prompt_tokens + NEW.prompt_tokens * NEW.cached,
-        cached_completion_tokens = cached_completion_tokens + NEW.completion_tokens * NEW.cached,
-        cached_total_tokens = cached_total_tokens + NEW.total_tokens * NEW.cached,
+        {_count("+", "NEW")},
         started_at = MIN(COALESCE(started_at, NEW.started_at), NEW.started_at),
         completed_at = MAX(COALESCE(completed_at, NEW.completed_at), NEW.completed_at)
     WHERE number = NEW.id >> 32;
     UPDATE provider_key_uses SET unfinished = unfinished - 1 WHERE key = NEW.key;
 END;
 CREATE TRIGGER task_deleted AFTER DELETE ON tasks BEGIN
-    UPDATE batches SET
-        total = total - 1,
-        completed = completed - (OLD.status = 'COMPLETED' AND NOT OLD.cached),
-        failed = failed - (OLD.status = 'FAILED'),
-        cached = cached - OLD.cached,
-        prompt_tokens = prompt_tokens - OLD.prompt_tokens * (NOT OLD.cached),
-        completion_tokens = completion_tokens - OLD.completion_tokens * (NOT OLD.cached),
-        total_tokens = total_tokens - OLD.total_tokens * (NOT OLD.cached),
-        cached_prompt_tokens = cached_prompt_tokens - OLD.prompt_tokens * OLD.cached,
-        cached_completion_tokens = cached_completion_tokens - OLD.completion_tokens * OLD.cached,
-        cached_total_tokens = cached_total_tokens - OLD.total_tokens * OLD.cached
-    WHERE number = OLD.id >> 32;
+    UPDATE batches SET total = total - 1, {_count("-", "OLD")} WHERE number = OLD.id >> 32;
     DELETE FROM batches WHERE number = OLD.id >> 32 AND total = 0;
     UPDATE provider_key_uses SET unfinished = unfinished - (OLD.status = 'PENDING') WHERE key = OLD.key;
 END;
@@ -283,11 +275,12 @@ class Store:
         return self._read("SELECT * FROM batches ORDER BY number DESC")
 
     def totals(self) -> sqlite3.Row:
-        """The counters of all batches, added up; each 0 where there is none."""
-        names = "total completed failed cached prompt_tokens completion_tokens total_tokens".split()
-        names += ["cached_prompt_tokens", "cached_completion_tokens", "cached_total_tokens"]
-        sums = ", ".join(f"COALESCE(SUM({name}), 0) AS {name}" for name in names)
-        return self._read(f"SELECT {sums} FROM batches")[0]
+        """The counters of all batches, added up, with the tokens of the cached tasks; each 0 where there is none."""
+        tokens = ("prompt_tokens", "completion_tokens", "total_tokens")
+        sums = {name: name for name in ("total", "completed", "failed", "cached")}
+        sums.update((name, f"{name} + cached_{name}") for name in tokens)
+        columns = ", ".join(f"COALESCE(SUM({value}), 0) AS {name}" for name, value in sums.items())
+        return self._read(f"SELECT {columns} FROM batches")[0]
 
     def task(self, message_id: str) -> Optional[sqlite3.Row]:
         """The row of a task, with its ``batch_id``."""
