@@ -6,13 +6,14 @@ import json
 import re
 import sqlite3
 from collections import defaultdict
-from enum import Enum
 from itertools import islice
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..models import CalendarInterval, TaskStatus
 from .store import Conflict, Store, Upload, batch_number, now
-from .uploads import invalid, read_file, read_rows
+from .uploads import problem, read_file, read_rows
 from .usage import MINUTE, format_time, parse_time_range, summary, time_series
 from .webserver import HTTPError, Request, Response, json_response
 from .worker import Workers
@@ -24,6 +25,18 @@ _TASKS_PER_LINE = 100
 _LINE_CHARACTERS = 1 << 20
 #: No page goes beyond the task of this number, as in the framework.
 _MAX_PAGED_TASKS = 10_000
+
+
+class _Parameters(BaseModel):
+    """What the query of a request may say."""
+
+    model_config = ConfigDict(use_enum_values=True, validate_default=True)
+
+    task_status: Optional[TaskStatus] = None
+    page: int = Field(default=1, ge=1)
+    page_size: int = Field(default=100, ge=1, le=_MAX_PAGED_TASKS)
+    time_range: str = "24h"
+    interval: CalendarInterval = CalendarInterval.HOUR_SHORT
 
 
 class API:
@@ -126,7 +139,7 @@ class API:
         batch_id = request.query.get("batch_id", "")
         if "/" in batch_id or batch_id in (".", ".."):
             message = "a batch with a slash in its id, or one called . or .., could not be asked for"
-            raise _bad_query("value_error", "batch_id", message, batch_id)
+            raise HTTPError(422, [problem(message, "query", "batch_id", given=batch_id)])
         content = read_file(request.headers.get("Content-Type", ""), request.body())
         digest = hashlib.sha256(batch_id.encode("utf-8") + b"\n" + content).digest()
         upload = Upload(batch_id or None, read_rows(content), request.headers.get("Idempotency-Key"), digest)
@@ -134,8 +147,7 @@ class API:
             stored = self._store.add(upload).result()
         except Conflict:
             message = "this Idempotency-Key was used for another upload"
-            location = ["header", "Idempotency-Key"]
-            raise invalid({"type": "value_error", "loc": location, "msg": message, "input": None}) from None
+            raise HTTPError(422, [problem(message, "header", "Idempotency-Key")]) from None
         if stored.first_task is not None:
             self._workers.added(stored.first_task)
         return json_response({"batch_id": stored.batch_id, "total_tasks": stored.tasks})
@@ -160,15 +172,15 @@ class API:
     # Tasks.
 
     def _export(self, request: Request, batch_id: str) -> Response:
-        status = _status(request)
+        status = _parameters(request, "task_status").task_status
         row = self._store.batch(batch_id)
         total = self._total(row, status)
         tasks = self._tasks(row, status)
         return Response(200, _export_lines(tasks, total), "application/x-ndjson")
 
     def _get_page(self, request: Request, batch_id: str) -> Response:
-        status = _status(request) or "COMPLETED"
-        page, size = _number(request, "page", 1), _number(request, "page_size", 100, _MAX_PAGED_TASKS)
+        asked = _parameters(request, "task_status", "page", "page_size")
+        status, page, size = asked.task_status or "COMPLETED", asked.page, asked.page_size
         row = self._store.batch(batch_id)
         first = min((page - 1) * size, _MAX_PAGED_TASKS)
         tasks = islice(self._tasks(row, status), first, min(first + size, _MAX_PAGED_TASKS))
@@ -194,18 +206,23 @@ class API:
         return json_response(self._counters(self._store.totals(), len(self._processing())))
 
     def _get_stats(self, request: Request, batch_id: str) -> Response:
-        time_range, interval = request.query.get("time_range", "24h"), request.query.get("interval", "1h")
-        _one_of(interval, CalendarInterval, "interval")
+        asked = _parameters(request, "time_range", "interval")
         try:
-            since = now() - parse_time_range(time_range)
+            since = now() - parse_time_range(asked.time_range)
         except ValueError as exc:
             raise HTTPError(400, f"Invalid time_range parameter: {exc}") from None
         row = self._store.batch(batch_id)
         minutes = [dict(minute) for minute in self._store.usage_by_minute(row["number"], since)] if row else []
         processing = self._processing(row["number"]) if row else {}
         minutes += [{"minute": started // MINUTE, "processing": 1, "total": 1} for started in processing.values()]
-        current = {"time_range": time_range, "interval": interval, "current_time": format_time(now())}
-        return json_response({**current, "time_series": time_series(minutes, interval), "summary": summary(minutes)})
+        statistics = {
+            "time_range": asked.time_range,
+            "interval": asked.interval,
+            "current_time": format_time(now()),
+            "time_series": time_series(minutes, asked.interval),
+            "summary": summary(minutes),
+        }
+        return json_response(statistics)
 
     # From rows to what the API calls them.
 
@@ -314,36 +331,14 @@ def _batch_status(counters: Dict[str, int]) -> str:
     return "COMPLETED"
 
 
-# Parameters, and FastAPI's words for wrong ones.
-
-
-def _status(request: Request) -> Optional[str]:
-    status = request.query.get("task_status")
-    if status is not None:
-        _one_of(status, TaskStatus, "task_status")
-    return status
-
-
-def _one_of(text: str, choices: Type[Enum], name: str) -> None:
-    values = [choice.value for choice in choices]
-    if text not in values:
-        expected = ", ".join(f"'{value}'" for value in values[:-1]) + f" or '{values[-1]}'"
-        raise _bad_query("enum", name, f"Input should be {expected}", text, {"expected": expected})
-
-
-def _number(request: Request, name: str, default: int, highest: Optional[int] = None) -> int:
-    text = request.query.get(name, str(default))
-    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-        message = "Input should be a valid integer, unable to parse string as an integer"
-        raise _bad_query("int_parsing", name, message, text)
-    if int(text) < 1:
-        raise _bad_query("greater_than_equal", name, "Input should be greater than or equal to 1", text, {"ge": 1})
-    if highest is not None and int(text) > highest:
-        message = f"Input should be less than or equal to {highest}"
-        raise _bad_query("less_than_equal", name, message, text, {"le": highest})
-    return int(text)
-
-
-def _bad_query(kind: str, name: str, message: str, text: str, context: Optional[Dict[str, Any]] = None) -> HTTPError:
-    error = {"type": kind, "loc": ["query", name], "msg": message, "input": text}
-    return invalid({**error, "ctx": context} if context else error)
+def _parameters(request: Request, *names: str) -> _Parameters:
+    """What a query says of these; what is wrong with it, in FastAPI's words."""
+    try:
+        return _Parameters.model_validate({name: request.query[name] for name in names if name in request.query})
+    except ValidationError as exc:
+        errors: List[Dict[str, Any]] = [{**e, "loc": ["query", *e["loc"]]} for e in exc.errors(include_url=False)]
+    for error in errors:
+        if error["type"] == "enum":  # older versions of pydantic put no spaces in
+            expected = error["ctx"]["expected"].replace("','", "', '")
+            error.update(msg=f"Input should be {expected}", ctx={"expected": expected})
+    raise HTTPError(422, errors)
