@@ -13,6 +13,7 @@ MINUTE = 60_000_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 #: Minutes in a unit of a time range, its name, how many are allowed, and how long that is.
 _UNITS = {"m": (1, "Minutes", 1440, "24 hours"), "h": (60, "Hours", 720, "30 days"), "d": (1440, "Days", 365, "1 year")}
+_UNABBREVIATED = {"1m": "minute", "1h": "hour", "1d": "day", "1w": "week", "1M": "month", "1q": "quarter", "1y": "year"}
 
 
 def format_time(microseconds: Optional[int]) -> Optional[str]:
@@ -29,16 +30,22 @@ def parse_time_range(text: str) -> int:
         ValueError: With the framework's words.
     """
     match = re.fullmatch(r"([0-9]{1,9})([mhd])", text)
+    count, unit = (int(match.group(1)), match.group(2)) if match else (0, "m")
+    size, name, highest, longest = _UNITS[unit]
     if not match:
         form = "'Xm', 'Xh', or 'Xd' where X is a positive number and m=minutes, h=hours, d=days"
-        raise _bad_range(text, f"Time range must be in format {form}")
-    size, name, highest, longest = _UNITS[match.group(2)]
-    count = int(match.group(1))
-    if count < 1:
-        raise _bad_range(text, "Time range value must be positive")
-    if count > highest:
-        raise _bad_range(text, f"{name} should not exceed {highest} ({longest})")
-    return count * size * MINUTE
+        message = f"Time range must be in format {form}"
+    elif count < 1:
+        message = "Time range value must be positive"
+    elif count > highest:
+        message = f"{name} should not exceed {highest} ({longest})"
+    else:
+        return count * size * MINUTE
+    raise ValueError(
+        f"1 validation error for TimeRange\ntime_range\n  Value error, {message} "
+        f"[type=value_error, input_value={text!r}, input_type=str]\n"
+        "    For further information visit https://errors.pydantic.dev/2.10/v/value_error"
+    )
 
 
 def time_series(minutes: Iterable[Mapping[str, int]], interval: str) -> List[Dict[str, Any]]:
@@ -86,30 +93,19 @@ def summary(minutes: Iterable[Mapping[str, int]]) -> Dict[str, Any]:
 
 def _start(moment: datetime, interval: str) -> datetime:
     """Where the interval around a moment begins; weeks do on Monday."""
-    if interval in ("minute", "1m"):
-        return moment
-    if interval in ("hour", "1h"):
-        return moment.replace(minute=0)
     day = moment.replace(hour=0, minute=0)
-    if interval in ("day", "1d"):
-        return day
-    if interval in ("week", "1w"):
-        return day - timedelta(days=day.weekday())
-    if interval in ("month", "1M"):
-        return day.replace(day=1)
-    if interval in ("quarter", "1q"):
-        return day.replace(month=day.month - (day.month - 1) % 3, day=1)
-    return day.replace(month=1, day=1)
+    starts = {
+        "minute": moment,
+        "hour": moment.replace(minute=0),
+        "day": day,
+        "week": day - timedelta(days=day.weekday()),
+        "month": day.replace(day=1),
+        "quarter": day.replace(month=day.month - (day.month - 1) % 3, day=1),
+        "year": day.replace(month=1, day=1),
+    }
+    return starts[_UNABBREVIATED.get(interval, interval)]
 
 
 def _ratio(part: int, whole: int, digits: int) -> float:
     ratio = round(part / whole, digits) if whole else 0.0
     return ratio if digits else int(ratio)
-
-
-def _bad_range(text: str, message: str) -> ValueError:
-    return ValueError(
-        f"1 validation error for TimeRange\ntime_range\n  Value error, {message} "
-        f"[type=value_error, input_value={text!r}, input_type=str]\n"
-        "    For further information visit https://errors.pydantic.dev/2.10/v/value_error"
-    )
