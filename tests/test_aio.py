@@ -324,7 +324,7 @@ def test_cancelled_matching_asks_for_no_more_tasks(run, server):
     alike = [one.model_copy(update={"custom_id": str(number)}) for number in range(100)]
     server.answer("GET", "/health", {"status": "healthy", "services": {}})
     server.answer("GET", BATCH, batch(100))
-    server.answer("GET", EXPORT, Answer(chunks=[export_line(framework_task(number) for number in range(100))]))
+    server.answer("GET", EXPORT, Answer(chunks=[export_line(framework_task(number, one) for number in range(100))]))
     for number in range(100):
         server.answer("GET", f"/api/v1/tasks/{number}", Answer(framework_task(number), hold=answered))
 
