@@ -7,7 +7,6 @@ a connection that only waits for its next request gives way to them.
 import io
 import json
 import logging
-import selectors
 import socket
 import threading
 import time
@@ -17,7 +16,7 @@ from email.message import Message
 from http import HTTPStatus
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Union
+from typing import Any, Callable, Iterable, List, Mapping, NamedTuple, Optional, Set, Union
 from urllib.parse import parse_qsl, unquote
 
 from ..exceptions import ConfigurationError
@@ -142,13 +141,20 @@ class _Connection(BaseHTTPRequestHandler):
         self.close_connection = True
         self._unread = 0
         self._expects_continue = False
-        self.server.is_idle(self.connection)
-        self._incoming.allow(_MAX_IDLE)
-        if not self._reader.peek(1):
-            return
-        self.server.is_busy(self.connection)
-        self._incoming.allow(_HEAD_SECONDS, _MAX_HEAD_BYTES)
-        super().handle_one_request()
+        if self._has_request():
+            self._incoming.allow(_HEAD_SECONDS, _MAX_HEAD_BYTES)
+            super().handle_one_request()
+
+    def _has_request(self) -> bool:
+        """Wait for a request; False when there will be none, or others wait for a connection."""
+        end = time.monotonic() + _MAX_IDLE
+        while time.monotonic() < end:
+            self._incoming.allow(min(_MIN_IDLE, _MAX_IDLE))
+            with suppress(socket.timeout):
+                return bool(self._reader.peek(1))
+            if self.server.is_full:
+                break
+        return False
 
     def handle_expect_100(self) -> bool:
         self._expects_continue = True  # until the body is wanted
@@ -161,8 +167,7 @@ class _Connection(BaseHTTPRequestHandler):
         except HTTPError as error:
             response = self._error(error)
         except _Unfinished:
-            self.close_connection = True
-            return
+            raise
         except Exception as exc:
             _log_failure(exc)
             response = self._error(HTTPError(500, "Internal Server Error"))
@@ -215,16 +220,16 @@ class _Connection(BaseHTTPRequestHandler):
         is_chunked = is_stream and self.request_version == "HTTP/1.1"
         if self._expects_continue or self._unread > _MAX_BODY_BYTES or (is_stream and not is_chunked):
             self.close_connection = True
-        head = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}"]
-        head += [f"{name}: {value}" for name, value in response.headers.items()]
-        head += [f"Content-Type: {response.content_type}"]
+        headers = {**response.headers, "Content-Type": response.content_type}
         if is_chunked:
-            head += ["Transfer-Encoding: chunked"]
+            headers["Transfer-Encoding"] = "chunked"
         elif isinstance(response.body, bytes) and response.status != 204:
-            head += [f"Content-Length: {len(response.body)}"]
+            headers["Content-Length"] = str(len(response.body))
         if self.close_connection:
-            head += ["Connection: close"]
-        start = "\r\n".join([*head, "", ""]).encode("latin-1")
+            headers["Connection"] = "close"
+        lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        start = "\r\n".join([*lines, "", ""]).encode("latin-1")
         self.connection.settimeout(_WRITE_SECONDS)
         if isinstance(response.body, bytes):
             self.connection.sendall(start + (b"" if self.command == "HEAD" else response.body))
@@ -267,6 +272,9 @@ class WebServer:
         respond: Answers a request, in any of the server's threads; may raise `HTTPError`.
         error_body: The JSON value for an error.
 
+    Attributes:
+        url: Where it listens, with no slash at the end.
+
     Raises:
         ConfigurationError: The address can't be listened on.
     """
@@ -285,77 +293,59 @@ class WebServer:
             self._listener = socket.create_server((host, port), family=family, backlog=_MAX_BACKLOG)
         except (OSError, OverflowError, UnicodeError) as exc:
             raise ConfigurationError(f"can't listen on {host}, port {port}: {exc}") from exc
-        self._wake, self._waker = socket.socketpair()
+        host, port = self._listener.getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # all addresses, loopback among them
+        self._address = (host, port)
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._is_open = True
-        #: The open connections, and since when (`time.monotonic`) each waits for a request; None while it does not.
-        self._connections: Dict[socket.socket, Optional[float]] = {}
+        self._connections: Set[socket.socket] = set()
         self._changed = threading.Condition()
         self._threads: List[threading.Thread] = []
         self._accepting = threading.Thread(target=self._accept, name="synthgen-accept", daemon=True)
         self._accepting.start()
 
     @property
-    def url(self) -> str:
-        """Where it listens, with no slash at the end; an address that means all of them is given as loopback."""
-        host, port = self._listener.getsockname()[:2]
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    def is_full(self) -> bool:
+        """Whether no more connections are accepted, until one of them ends."""
+        return len(self._connections) >= _MAX_CONNECTIONS
 
     def close(self) -> None:
         """End every connection and every thread; twice is fine."""
         with self._changed:
-            if not self._is_open:
-                return
             self._is_open = False
             for connection in self._connections:
                 _shut(connection)
-            self._changed.notify_all()
-        self._waker.send(b"x")
-        self._accepting.join()
+            self._changed.notify()
+        while self._accepting.is_alive():
+            with suppress(OSError):  # one more connection, for who waits for one
+                socket.create_connection(self._address, timeout=1).close()
+            self._accepting.join(0.1)
         for thread in self._threads:
             thread.join()
-        for opened in (self._listener, self._wake, self._waker):
-            opened.close()
-
-    def is_idle(self, connection: socket.socket) -> None:
-        """A connection waits for its next request: it may be closed in favour of another one."""
-        with self._changed:
-            self._connections[connection] = time.monotonic()
-            if not self._is_open:
-                _shut(connection)
-            self._changed.notify_all()
-
-    def is_busy(self, connection: socket.socket) -> None:
-        """A connection has a request."""
-        with self._changed:
-            self._connections[connection] = None
+        self._listener.close()
 
     def _accept(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(self._wake, selectors.EVENT_READ)
-            while self._wait_for_room():
-                selector.select()
-                if self._is_open:
-                    self._accept_one()
-
-    def _accept_one(self) -> None:
-        try:
-            connection, address = self._listener.accept()
-        except OSError as exc:  # no file descriptors left, or the client is gone already
-            logger.warning("can't accept a connection: %s", exc)
+        while self._is_open:
             with self._changed:
-                self._changed.wait(0.1)
-            return
-        thread = threading.Thread(target=self._serve, args=(connection, address), name="synthgen-http", daemon=True)
-        self.is_idle(connection)
-        try:
-            thread.start()
-        except RuntimeError as exc:  # no more threads
-            logger.warning("can't serve a connection: %s", exc)
-            self._forget(connection)
-            return
-        self._threads = [thread, *(other for other in self._threads if other.is_alive())]
+                self._changed.wait_for(lambda: not (self.is_full and self._is_open))
+            try:
+                connection, address = self._listener.accept()
+            except OSError as exc:  # no file descriptors left, or the client is gone already
+                logger.warning("can't accept a connection: %s", exc)
+                time.sleep(0.1)
+                continue
+            with self._changed:
+                self._connections.add(connection)
+                if not self._is_open:
+                    _shut(connection)
+            thread = threading.Thread(target=self._serve, args=(connection, address), name="synthgen-http", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as exc:  # no more threads
+                logger.warning("can't serve a connection: %s", exc)
+                self._forget(connection)
+            else:
+                self._threads = [thread, *(other for other in self._threads if other.is_alive())]
 
     def _serve(self, connection: socket.socket, address: Any) -> None:
         try:
@@ -366,22 +356,10 @@ class WebServer:
             self._forget(connection)
 
     def _forget(self, connection: socket.socket) -> None:
-        with self._changed:
-            del self._connections[connection]
-            self._changed.notify_all()
         connection.close()
-
-    def _wait_for_room(self) -> bool:
-        """Wait until one more connection may be open; False when the server is closing."""
         with self._changed:
-            while self._is_open and len(self._connections) >= _MAX_CONNECTIONS:
-                waiting = [(since, connection) for connection, since in self._connections.items() if since]
-                longest = min(waiting, key=lambda item: item[0], default=None)
-                if longest and time.monotonic() - longest[0] >= _MIN_IDLE:
-                    _shut(longest[1])
-                    self._connections[longest[1]] = None
-                self._changed.wait(_MIN_IDLE)
-            return self._is_open
+            self._connections.remove(connection)
+            self._changed.notify()
 
 
 def _shut(connection: socket.socket) -> None:
