@@ -1,7 +1,8 @@
 """What is known of a batch while it runs, in the words that every monitor uses. Times are in seconds."""
 
+import re
 from collections import Counter, deque
-from typing import Callable, Deque, List, Optional, Tuple
+from typing import Callable, Deque, Dict, List, Optional, Tuple
 
 from .models import Batch, BatchCost, HealthResponse, TaskResponse
 
@@ -11,6 +12,8 @@ __all__ = ["Progress", "duration", "health_rows", "money", "plural", "printable"
 _SAMPLES = 120
 _FAILURES_SHOWN = 3
 _FAILURE_LENGTH = 120
+#: Tries, ids and times: failures that differ in nothing else are of one kind.
+_NUMBERS = re.compile(r"\S*\d\S*")
 
 
 class Progress:
@@ -30,6 +33,7 @@ class Progress:
         self.received = 0
         self.to_receive: Optional[int] = None
         self.failures: Counter[str] = Counter()
+        self._kinds: Dict[str, str] = {}
         self.cut_off = self.filtered = 0
         self.notes: List[str] = []
 
@@ -44,7 +48,8 @@ class Progress:
 
     def result(self, result: TaskResponse) -> None:
         if result.error:
-            self.failures[result.error] += 1
+            kind = _NUMBERS.sub("#", result.error)
+            self.failures[self._kinds.setdefault(kind, result.error)] += 1
         self.cut_off += result.cut_off
         self.filtered += result.filtered
 

@@ -426,3 +426,12 @@ def test_a_monitor_written_for_an_older_version_misses_nothing_it_has():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         monitor.close()
+
+
+def test_failures_that_differ_in_numbers_alone_are_of_one_kind(written):
+    """In tries, ids and times: the summary has room for other kinds, and shows the first of each."""
+    errors = ["busy (tried 3 times), id req-1a", "busy (tried 4 times), id req-2b", "wrong key"]
+    failed = [failure(error) for error in errors]
+    written.monitor.results(failed)
+
+    assert dict(written.monitor.progress.failures) == {errors[0]: 2, errors[2]: 1}
