@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Opti
 from pydantic import BaseModel
 
 from . import __version__
+from ._estimates import plan
 from ._progress import health_rows, money, printable
 from ._task_file import TaskFile
 from .client import SynthgenClient, replacing
@@ -28,6 +29,7 @@ from .exceptions import (
     BatchStalledError,
     BatchTimeoutError,
     BatchUploadError,
+    BudgetExceededError,
     ConfigurationError,
     InvalidRequestError,
     MissingDependencyError,
@@ -100,7 +102,13 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigurationError("--db is the database of --local: give both")
     if args.output and os.path.exists(args.output) and args.tasks != "-" and os.path.samefile(args.output, args.tasks):
         raise ConfigurationError(f"{args.output} is the file with the tasks: results need another")
+    if not (args.local or args.dry_run) and (args.rpm or args.tpm or args.max_cost):
+        raise ConfigurationError("--rpm, --tpm and --max-cost are what --local keeps to: give both")
     with TaskFile(args.tasks, args.provider, _environment_key(args.key_env)) as file:
+        if args.dry_run:
+            for label, text in plan(file, args.input_cost, args.output_cost, args.rpm, args.tpm):
+                print(printable(f"{label:<10}{text}", sys.stdout.encoding))
+            return _OK
         tasks = list(file)
     missing = None
     with _output(args) as file:
@@ -127,7 +135,8 @@ def _serve(args: argparse.Namespace) -> int:
 
     key = os.environ.get("SYNTHGEN_API_KEY") or None
     try:
-        with LocalServer(args.db or ":memory:", args.host, args.port, key, args.workers) as server:
+        limits = {"rpm": args.rpm, "tpm": args.tpm}
+        with LocalServer(args.db or ":memory:", args.host, args.port, key, args.workers, **limits) as server:
             _say(f"listening; batches are kept in {args.db or 'memory only: --db FILE keeps them'}. Ctrl-C stops it")
             _say(f"export SYNTHGEN_BASE_URL={shlex.quote(server.url)}")
             _say(f"export SYNTHGEN_API_KEY={shlex.quote(server.api_key)}")
@@ -241,7 +250,8 @@ def _local_client(args: argparse.Namespace) -> Iterator[SynthgenClient]:
     if not args.batch and not args.db and os.path.exists(database):
         _refuse_unfinished(database)
     _say(f"database: {database}" + ("" if args.db else ", removed when all is done"))
-    with LocalServer(database) as server, server.client() as client:
+    names = ("workers", "rpm", "tpm", "max_cost", "input_cost", "output_cost")
+    with LocalServer(database, **{name: getattr(args, name) for name in names}) as server, server.client() as client:
         yield client
 
 
@@ -285,7 +295,7 @@ def _follow(args: argparse.Namespace, client: SynthgenClient, tasks: Optional[Li
             stall_timeout=args.stall_timeout,
             monitor=monitor,
         )
-    except (KeyboardInterrupt, BatchStalledError, BatchTimeoutError, BatchUploadError) as exc:
+    except (KeyboardInterrupt, BatchStalledError, BatchTimeoutError, BatchUploadError, BudgetExceededError) as exc:
         progress = monitor.progress
         if args.batch or (progress.batch_id and progress.uploaded == progress.to_upload):
             _say(f"to go on: {_command(args.argv if args.batch else [*args.argv, '--batch', progress.batch_id])}")
@@ -311,7 +321,7 @@ def _outcome(results: List[TaskResponse]) -> int:
 def _exit_code(error: SynthgenError) -> int:
     if isinstance(error, BatchUploadError) and isinstance(error.__cause__, SynthgenError):
         return _exit_code(error.__cause__)
-    if isinstance(error, (BatchIncompleteError, BatchStalledError, BatchTimeoutError)):
+    if isinstance(error, (BatchIncompleteError, BatchStalledError, BatchTimeoutError, BudgetExceededError)):
         return _UNFINISHED
     if isinstance(error, (AuthenticationError, ConfigurationError, InvalidRequestError, MissingDependencyError)):
         return _REFUSED
@@ -482,13 +492,22 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--batch", metavar="ID", help="send nothing: come back to this batch of the same tasks")
     run.add_argument("--provider", metavar="URL", type=_url, help="what a relative url is appended to")
     run.add_argument("--key-env", metavar="NAME", help="environment variable with the key for tasks that have none")
+    run.add_argument("--max-cost", type=_limit, metavar="X", help="with --local: what its database's batches may cost")
+    run.add_argument("--dry-run", action="store_true", help="send nothing: say what would be sent")
+    _add_limits(run)
 
 
 def _add_serve_options(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--db", metavar="FILE", help="where batches are kept; by default they are gone at the end")
     serve.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at (default: %(default)s)")
     serve.add_argument("--port", default=_PORT, type=int, metavar="P", help="0 takes a free one (default: %(default)s)")
-    serve.add_argument("--workers", default=16, type=int, metavar="N", help="calls at a time (default: %(default)s)")
+    _add_limits(serve)
+
+
+def _add_limits(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", default=16, type=int, metavar="N", help="calls at a time (default: %(default)s)")
+    command.add_argument("--rpm", type=_limit, metavar="N", help="calls a minute that a provider allows for a key")
+    command.add_argument("--tpm", type=_limit, metavar="N", help="tokens a minute that it allows")
 
 
 def _shared_options() -> List[argparse.ArgumentParser]:
@@ -521,13 +540,19 @@ def _price(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is no price")
 
 
+def _limit(text: str) -> float:
+    if not _price(text):
+        raise argparse.ArgumentTypeError("0 allows nothing")
+    return float(text)
+
+
 _TASKS_HELP = "a task a line: custom_id, url, body, ... or the lines of an OpenAI batch input file; - reads stdin"
 _EPILOG = """\
 The server is given by SYNTHGEN_BASE_URL and SYNTHGEN_API_KEY. Each command has a --help with an example.
 
 exit codes:
   0  all completed                          3    server unreachable or unhealthy, or unknown batch
-  1  some tasks failed                      4    incomplete, stalled or timed out
+  1  some tasks failed                      4    incomplete, stalled, timed out, or no money left
   2  usage, configuration, or refused       130  Ctrl-C; the command that goes on is printed
 
 example:

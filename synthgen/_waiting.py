@@ -13,6 +13,7 @@ from .exceptions import (
     APIError,
     BatchStalledError,
     BatchTimeoutError,
+    BudgetExceededError,
     ConnectionFailedError,
     InvalidResponseError,
     NotFoundError,
@@ -102,6 +103,7 @@ class BatchWait:
         Raises:
             BatchTimeoutError: The deadline passed. The batch goes on.
             BatchStalledError: Tasks wait in a queue that nobody consumes.
+            BudgetExceededError: Tasks wait for money.
             NotFoundError: There is no such batch, or it was deleted meanwhile.
         """
         pause = _FIRST_PAUSE
@@ -188,7 +190,20 @@ class BatchWait:
             return
         self._asked_at = now
         health = self._health()
-        if health is not None and health.error and health.error != self._trouble:
+        if health is None:
+            return
+        waiting = self.batch.pending_tasks + self.batch.processing_tasks if self.batch else 0
+        if health.budget is not None and health.budget.waiting and waiting:
+            spent, cap = health.budget.spent, health.budget.cap
+            raise BudgetExceededError(
+                f"batch {self._batch_id!r}: {spent:.6g} of {cap:.6g} are spent, and {waiting:,} tasks wait that may "
+                "cost more than is left: start the server on the same database with a higher max_cost to go on",
+                batch_id=self._batch_id,
+                spent=spent,
+                cap=cap,
+                waiting=waiting,
+            )
+        if health.error and health.error != self._trouble:
             self._trouble = health.error
             self._monitor.note(health.error)
 

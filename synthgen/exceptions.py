@@ -15,6 +15,7 @@
     │   └── BatchUploadError         an upload ended early; says how to go on
     ├── BatchTimeoutError (also TimeoutError)
     ├── BatchStalledError
+    ├── BudgetExceededError
     └── BatchIncompleteError
 
 All of them pickle. The tasks that an error holds are pickled without their provider keys.
@@ -35,6 +36,7 @@ __all__ = [
     "BatchStalledError",
     "BatchTimeoutError",
     "BatchUploadError",
+    "BudgetExceededError",
     "ConfigurationError",
     "ConnectionFailedError",
     "ContentError",
@@ -240,6 +242,26 @@ class BatchStalledError(SynthgenError):
         self.batch_id = batch_id
         self.batch = batch
         self.health = health
+
+
+class BudgetExceededError(SynthgenError):
+    """What the server may spend is used up, and tasks wait; started again with a higher cap it goes on.
+
+    Attributes:
+        batch_id: The batch, to come back to.
+        spent: What all batches of the server have cost.
+        cap: What they may cost.
+        waiting: How many tasks of the batch wait.
+    """
+
+    def __init__(
+        self, message: str, *, batch_id: str = "", spent: float = 0.0, cap: float = 0.0, waiting: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.batch_id = batch_id
+        self.spent = spent
+        self.cap = cap
+        self.waiting = waiting
 
 
 class BatchIncompleteError(SynthgenError):

@@ -21,6 +21,7 @@ __all__ = [
     "Batch",
     "BatchCost",
     "BatchList",
+    "BudgetStatus",
     "BulkTaskResponse",
     "CalendarInterval",
     "HealthResponse",
@@ -460,11 +461,22 @@ class ServiceStatus(_Received):
         return self.task_queue_consumers
 
 
+class BudgetStatus(_Received):
+    """What the embedded server has ``spent``, and its ``cap``, in the currency of the prices that it was given."""
+
+    spent: float = 0.0
+    cap: float = 0.0
+    #: How many tasks wait for a higher cap; 0 while any other may still run.
+    waiting: int = 0
+
+
 class HealthResponse(_Received):
     """The state of the server and what it stands on."""
 
     status: Union[HealthStatus, str] = _Status
     services: ServiceStatus = Field(default_factory=ServiceStatus)
+    #: Of the embedded server, with a cap on what it may spend.
+    budget: Optional[BudgetStatus] = None
     error: Optional[str] = None
 
 

@@ -747,3 +747,65 @@ def test_a_second_interrupt_ends_the_process_at_once():
 
     assert process.wait(DEADLINE) == 130
     process.stdout.close()
+
+
+# What a run costs, and how fast it may be
+
+
+def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(provider, capsys):
+    """Per provider and model, with tokens, cost and time; and nothing is written."""
+    host = provider.url[len("http://") :]
+    limited = [chat_line(provider, prompt, use_cache=True) for prompt in ("abcd" * 10, "abcd" * 10, "x" * 36)]
+    lines = [line.replace('"body": {', '"body": {"model": "small", "max_tokens": 100, ') for line in limited]
+    Path("tasks.jsonl").write_text("\n".join([*lines, chat_line(provider, "y" * 36)]), encoding="utf-8")
+    options = ["--input-cost", "1000", "--output-cost", "1000", "--rpm", "1", "-o", "out.jsonl", "--local"]
+
+    assert main(["run", "tasks.jsonl", "--dry-run", *options]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "tasks     4: 3 to be called, 1 identical to one of those",
+        f"          2 x {host} small",
+        f"          1 x {host}",
+        "prompts   124 characters, about 31 tokens",
+        "answers   at most 200 tokens, and what 1 without a limit may answer",
+        "cost      from 0.0310 to 0.2310, and what 1 without a limit may answer",
+        "time      at least 2 min 00 s",
+    ]
+    assert not provider.requests
+    assert os.listdir() == ["tasks.jsonl"]
+
+
+def test_a_dry_run_names_a_broken_line(provider, capsys):
+    """As the run itself would."""
+    Path("tasks.jsonl").write_text(chat_line(provider, "one") + "\nnothing\n", encoding="utf-8")
+
+    assert main(["run", "tasks.jsonl", "--dry-run"]) == 2
+    assert "tasks.jsonl, line 2: not JSON" in capsys.readouterr().err
+
+
+def test_a_run_without_money_says_how_to_go_on_and_a_higher_cap_does(provider, monkeypatch, capsys):
+    """Its exit code is that of an unfinished run; nothing is called twice."""
+    monkeypatch.setattr("synthgen._waiting._ASK_AFTER", 0.05)
+    provider.answer("POST", CHAT, {"choices": [{"message": {"content": "a"}}], "usage": {"completion_tokens": 1000}})
+    prompts = [str(number) for number in range(6)]
+    prices = ["--output-cost", "1000"]
+    argv = ["run", write_tasks(provider, *prompts), "-o", "out.jsonl", "--local", "--workers", "2", *prices]
+
+    assert main([*argv, "--max-cost", "3"]) == 4
+    told = capsys.readouterr().err
+    command = next(line for line in told.splitlines() if line.startswith("to go on: synthgen "))
+    assert "higher max_cost" in told
+    assert main([*shlex.split(command)[4:], "--max-cost", "9"]) == 0
+    assert len(provider.requests) == 6
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--local", "--max-cost", "3"], "prices"),
+        (["--rpm", "20"], "--local"),
+    ],
+)
+def test_limits_that_would_not_be_kept_are_refused(options, reason, provider, capsys):
+    """A cap without prices, and limits for a server that is not started here."""
+    assert main(["run", write_tasks(provider, "one"), *options]) == 2
+    assert reason in capsys.readouterr().err

@@ -126,6 +126,7 @@ class API:
                 "batch_queue_consumers": 1,
                 "batch_queue_messages": 0,
             },
+            "budget": self._workers.budget(counters["pending_tasks"]),
             "error": f"{unstored} results can't be stored: is the disk full?" if unstored else self._workers.trouble(),
         }
         return json_response({"detail": health}, 503) if unstored else json_response(health)

@@ -5,26 +5,30 @@ import io
 import ipaddress
 import json
 import random
+import re
 import socket
 import ssl
 import threading
 import time
 import weakref
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from enum import Enum
 from functools import partial
 from http.client import responses
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Tuple
 from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from .._completions import usage
-from .._retry import innermost, parse_retry_after
+from .._completions import at, is_usable, usage
+from .._retry import innermost, never_sent, parse_retry_after
 from .store import Result
 
-__all__ = ["CallPolicy", "Provider", "TryAgain"]
+__all__ = ["CallPolicy", "Kind", "Outcome", "Provider", "Told"]
 
 _MAX_ANSWER_BYTES = 64 << 20
 _MAX_ERROR_CHARACTERS = 8 << 10
@@ -36,6 +40,21 @@ _PASSING = (
 )
 
 
+#: Statuses below 500 after which a call may work later.
+_TRY_AGAIN = (408, 409, 425)
+_NO_ACCOUNT = re.compile(
+    "insufficient[_ ](quota|balance|credits?|funds)|billing_(hard_limit_reached|not_active)|credit balance is too low",
+    re.IGNORECASE,
+)
+_TOLD = (
+    "x-ratelimit-limit-{0} x-ratelimit-remaining-{0} x-ratelimit-reset-{0}",
+    "anthropic-ratelimit-{0}-limit anthropic-ratelimit-{0}-remaining anthropic-ratelimit-{0}-reset",
+)
+#: A duration as OpenAI writes it, such as 6m0s or 20ms; a bare number is seconds.
+_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)(?:s|$))?(?:([\d.]+)ms)?")
+_DURATION_UNITS = (86400.0, 3600.0, 60.0, 1.0, 0.001)
+
+
 class CallPolicy(NamedTuple):
     """How long a call may take, how often one that failed is made again, and after which pauses; in seconds."""
 
@@ -45,18 +64,55 @@ class CallPolicy(NamedTuple):
     connect_timeout: float = 10.0
     #: For the next bytes, and for the whole answer (checked every 64 KiB).
     read_timeout: float = 600.0
+    #: How long a provider that had answered may be away.
+    given_up_after: float = 3600.0
+    #: What "a minute" of a limit is: somewhat longer, since the provider's clock starts when a call arrives.
+    window: float = 61.0
 
     def pause(self, tries: int, retry_after: float) -> float:
-        """The pause after so many tries: half to all of ``backoff * 2 ** (tries - 1)``, or what was asked for."""
-        backoff = self.backoff * 2.0 ** (tries - 1) * random.uniform(0.5, 1.0)
-        return min(max(backoff, retry_after), self.longest_pause)
+        """The pause after so many tries: half to all of ``backoff * 2 ** (tries - 1)``, or longer if asked for."""
+        backoff = self.backoff * 2.0 ** min(tries - 1, 64) * random.uniform(0.5, 1.0)
+        return max(min(backoff, self.longest_pause), retry_after)
 
 
-class TryAgain(NamedTuple):
-    """A call failed, and may work later."""
+class Kind(Enum):
+    """What a call says of its account."""
 
-    error: str
+    #: The task has ended, one way or the other.
+    ANSWERED = "answered"
+    #: The task has ended, since there is no such account, or no money on it.
+    DENIED = "denied"
+    #: Too many calls: no fault of the task.
+    REFUSED = "refused"
+    #: No answer, or none that can be one; it may work later.
+    FAILED = "failed"
+
+
+class Told(NamedTuple):
+    """What a provider says of a limit."""
+
+    #: "requests" or "tokens".
+    of: str
+    limit: float
+    remaining: float
+    #: Seconds until all of it is there again.
+    full_in: float
+
+
+class Outcome(NamedTuple):
+    """What became of a call."""
+
+    kind: Kind
+    error: str = ""
+    #: The answer; None where there is an error.
+    result: Optional[Result] = None
+    #: Whether an identical task may have the answer.
+    is_usable: bool = False
+    #: Whether anybody was there.
+    is_reached: bool = True
     retry_after: float = 0.0
+    told: Tuple[Told, ...] = ()
+    #: In milliseconds.
     duration: int = 0
 
 
@@ -75,20 +131,20 @@ class Provider:
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, _Adapter(self._sockets))
 
-    def call(self, url: str, api_key: Optional[str], body: str) -> Union[Result, TryAgain]:
-        """Post a JSON body; a `Result` is final."""
+    def call(self, method: str, url: str, api_key: Optional[str], body: str) -> Outcome:
+        """Send a JSON body."""
         started = time.monotonic()
         try:
-            with self._post(url, api_key, body) as response:
-                content = _read(response, started + self._policy.read_timeout)
+            with self._send(method, url, api_key, body) as response:
+                if response.headers.get("Content-Type", "").startswith("text/event-stream"):
+                    what = 'the answer is a stream of events: remove "stream" from the body'
+                    outcome = Outcome(Kind.ANSWERED, f"Invalid answer ({_reason(response.status_code)}): {what}")
+                else:
+                    outcome = _answer(response, _read(response, started + self._policy.read_timeout), api_key)
+                    outcome = outcome._replace(told=tuple(_told(response.headers)))
         except requests.RequestException as exc:
-            outcome: Union[str, Result, TryAgain] = _no_answer(exc, api_key)
-        else:
-            outcome = _answer(response, content, api_key)
-        duration = round((time.monotonic() - started) * 1000)
-        if isinstance(outcome, str):
-            return Result(False, json.dumps({"error": outcome}), duration)
-        return outcome._replace(duration=duration)
+            outcome = _no_answer(exc, api_key)
+        return outcome._replace(duration=round((time.monotonic() - started) * 1000))
 
     def interrupt(self) -> None:
         """End a call that is going on in another thread, and every later one."""
@@ -98,9 +154,10 @@ class Provider:
         """Let go of the connections."""
         self._session.close()
 
-    def _post(self, url: str, api_key: Optional[str], body: str) -> requests.Response:
+    def _send(self, method: str, url: str, api_key: Optional[str], body: str) -> requests.Response:
         host = urlsplit(url).hostname or ""
-        return self._session.post(
+        return self._session.request(
+            method,
             url,
             data=io.BytesIO(body.encode("ascii")),  # sent piece by piece, not all within the connect time-out
             headers={"Content-Type": "application/json"},
@@ -200,46 +257,84 @@ def _read(response: requests.Response, deadline: float) -> bytes:
     return b"".join(parts)
 
 
-def _no_answer(exc: requests.RequestException, api_key: Optional[str]) -> Union[str, TryAgain]:
+def _no_answer(exc: requests.RequestException, api_key: Optional[str]) -> Outcome:
     """What it means that no whole answer came."""
     cause = innermost(exc)
     if isinstance(cause, ssl.SSLCertVerificationError):
-        return f"Certificate error: {cause}"
+        return Outcome(Kind.ANSWERED, f"Certificate error: {cause}")
     if isinstance(exc, requests.ConnectTimeout):
-        return TryAgain("Connection error: no connection in time")
+        return Outcome(Kind.FAILED, "Connection error: no connection in time", is_reached=False)
     if isinstance(exc, requests.Timeout) or isinstance(cause, socket.timeout):
-        return TryAgain("Time-out: no whole answer in time")
+        return Outcome(Kind.FAILED, "Time-out: no whole answer in time")
     if isinstance(exc, _PASSING):
-        return TryAgain(f"Connection error: {cause}")
-    return f"Request error: {_shortened(str(exc), api_key)}"  # a bad URL, say
+        reason = exc.args[0] if exc.args else None
+        return Outcome(Kind.FAILED, f"Connection error: {cause}", is_reached=not never_sent(reason))
+    return Outcome(Kind.ANSWERED, f"Request error: {_shortened(str(exc), api_key)}")  # a bad URL, say
 
 
-def _answer(response: requests.Response, content: bytes, api_key: Optional[str]) -> Union[str, Result, TryAgain]:
-    """What a whole answer means; text is an error that no other try would mend."""
+def _answer(response: requests.Response, content: bytes, api_key: Optional[str]) -> Outcome:
+    """What a whole answer means."""
     status, text = response.status_code, _shortened(content.decode("utf-8", "replace"), api_key)
-    reason = f"{status} {responses.get(status, 'Unknown')}"
-    retry_after = parse_retry_after(response.headers.get("Retry-After", "0"))
-    if status == 429:
-        return TryAgain(f"Client error ({reason}): {text}", retry_after)
-    if status >= 500:
-        return TryAgain(f"Server error ({reason}): {text}", retry_after)
-    if status >= 400:
-        return f"Client error ({reason}): {text}"
-    if status >= 300:
-        location = _shortened(response.headers.get("Location", "nowhere"), api_key)
-        return f"Redirect ({reason}) to {location}: not followed, since the key would go along"
+    if not 200 <= status < 300:
+        if status < 400:
+            location = _shortened(response.headers.get("Location", "nowhere"), api_key)
+            error = f"Redirect ({_reason(status)}) to {location}: not followed, since the key would go along"
+        else:
+            error = f"{'Server' if status >= 500 else 'Client'} error ({_reason(status)}): {text}"
+        return _error(status, error, response.headers)
     try:
         answer = json.loads(content.decode("utf-8"))
         completions = json.dumps(answer, allow_nan=False)
     except (ValueError, RecursionError):
-        return TryAgain(f"Invalid answer ({reason}): not JSON: {text}")
+        return Outcome(Kind.FAILED, f"Invalid answer ({_reason(status)}): not JSON: {text}")
     if not isinstance(answer, dict):
-        return TryAgain(f"Invalid answer ({reason}): not a JSON object: {text}")
+        return Outcome(Kind.FAILED, f"Invalid answer ({_reason(status)}): not a JSON object: {text}")
     if answer.get("error"):
-        return f"Provider error: {text}"
+        code = at(answer, "error", "code")
+        return _error(code if isinstance(code, int) else 200, f"Provider error: {text}", response.headers)
     counts = usage(answer) or {}
     tokens = (counts.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "total_tokens"))
-    return Result(True, completions, 0, *tokens)
+    return Outcome(Kind.ANSWERED, result=Result(True, completions, 0, *tokens), is_usable=is_usable(answer))
+
+
+def _error(status: int, error: str, headers: Mapping[str, str]) -> Outcome:
+    """What an error of this status means."""
+    milliseconds = parse_retry_after(headers.get("retry-after-ms", "0"))
+    retry_after = milliseconds / 1000 or parse_retry_after(headers.get("Retry-After", "0"))
+    if status in (401, 402, 403) or (status in (400, 429) and _NO_ACCOUNT.search(error)):
+        kind = Kind.DENIED
+    elif status == 429 or (status in (503, 529) and retry_after):
+        kind = Kind.REFUSED
+    else:
+        kind = Kind.FAILED if status >= 500 or status in _TRY_AGAIN else Kind.ANSWERED
+    return Outcome(kind, error, retry_after=retry_after)
+
+
+def _reason(status: int) -> str:
+    return f"{status} {responses.get(status, 'Unknown')}"
+
+
+def _told(headers: Mapping[str, str]) -> Iterator[Told]:
+    """What the headers of an answer say of limits."""
+    for of in ("requests", "tokens"):
+        for names in _TOLD:
+            values = [headers.get(name, "") for name in names.format(of).split()]
+            if all(values):
+                with contextlib.suppress(ValueError):
+                    told = Told(of, float(values[0]), float(values[1]), _seconds(values[2], headers.get("Date")))
+                    if told.full_in > 0:
+                        yield told
+
+
+def _seconds(text: str, date: Optional[str]) -> float:
+    """How long until a limit is reset: a duration, or a time, by the provider's own clock."""
+    if "T" in text:
+        now = parsedate_to_datetime(date) if date else datetime.now(timezone.utc)
+        return (datetime.strptime(text[:19] + "+0000", "%Y-%m-%dT%H:%M:%S%z") - now).total_seconds()
+    match = _DURATION.fullmatch(text)
+    if not match:
+        raise ValueError
+    return sum(float(count) * unit for count, unit in zip(match.groups(), _DURATION_UNITS) if count)
 
 
 def _shortened(text: str, api_key: Optional[str]) -> str:

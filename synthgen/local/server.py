@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 from ..exceptions import ConfigurationError
 from ..models import is_header_value
 from .api import API
+from .pace import Limits
 from .provider import CallPolicy
 from .store import Store
 from .webserver import WebServer
@@ -34,6 +35,12 @@ class LocalServer:
         port: 0 takes a free one.
         api_key: What requests must bring; with None a key is made up.
         workers: How many providers' answers may be waited for at a time.
+        rpm: How many calls a minute each account (a provider with a key) allows, if it is known. It is found out else.
+        tpm: How many tokens a minute it allows.
+        max_cost: What all batches in the database together may cost, those of earlier starts included, at these prices.
+            A call that there might be no money for waits; a start with a higher cap goes on.
+        input_cost: The price of a million prompt tokens.
+        output_cost: The price of a million completion tokens.
 
     Attributes:
         api_key: What requests must bring.
@@ -51,15 +58,27 @@ class LocalServer:
         port: int = 0,
         api_key: Optional[str] = None,
         workers: int = 16,
+        *,
+        rpm: Optional[float] = None,
+        tpm: Optional[float] = None,
+        max_cost: Optional[float] = None,
+        input_cost: float = 0.0,
+        output_cost: float = 0.0,
     ) -> None:
         if workers < 1:
             raise ConfigurationError(f"workers must be at least 1, not {workers}")
         if api_key is not None and not (api_key and is_header_value(api_key)):
             raise ConfigurationError("api_key can't be sent in a header: it is empty, or has a line break or spaces")
+        for name, limit in (("rpm", rpm), ("tpm", tpm), ("max_cost", max_cost)):
+            if limit is not None and not limit > 0:
+                raise ConfigurationError(f"{name} must be more than 0, not {limit}")
+        if max_cost is not None and not (input_cost or output_cost):
+            raise ConfigurationError("max_cost is nothing without prices: give input_cost and output_cost, too")
         self.api_key = secrets.token_urlsafe(32) if api_key is None else api_key
         self._database = database
         self._address = (host, port)
         self._workers = workers
+        self._limits = Limits(rpm, tpm, max_cost, input_cost, output_cost)
         self._opened: Optional[ExitStack] = None
         self._url: Optional[str] = None
 
@@ -79,7 +98,7 @@ class LocalServer:
             return
         with ExitStack() as opened:
             self._store = opened.enter_context(closing(Store(self._database)))
-            workers = opened.enter_context(closing(Workers(self._store, self._workers, self._policy)))
+            workers = opened.enter_context(closing(Workers(self._store, self._workers, self._policy, self._limits)))
             api = API(self._store, workers, self.api_key)
             self._url = opened.enter_context(closing(WebServer(*self._address, respond=api))).url
             workers.start()  # now that nothing can fail: calls cost money

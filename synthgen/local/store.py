@@ -328,7 +328,7 @@ class Store:
         """What is needed to run a batch's next tasks; `after` is a row id."""
         first, end = _task_ids(batch)
         query = """
-            SELECT id, url, CAST(api_key AS TEXT), body, use_cache, track_progress
+            SELECT id, method, url, CAST(api_key AS TEXT) AS api_key, body, use_cache, track_progress
             FROM tasks LEFT JOIN provider_keys ON number = key
             WHERE id > ? AND id < ? AND status = 'PENDING' ORDER BY id LIMIT ?
         """

@@ -5,7 +5,7 @@ import io
 import json
 from email.message import Message
 from email.parser import BytesHeaderParser
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Literal, Optional, Tuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,7 +27,7 @@ class _Line(BaseModel):
     model_config = ConfigDict(strict=True)
 
     custom_id: Optional[str]
-    method: str
+    method: Literal["POST", "PUT", "PATCH"]
     url: str
     api_key: Optional[str] = None
     body: Dict[str, Any]

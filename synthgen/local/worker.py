@@ -10,17 +10,20 @@ import heapq
 import itertools
 import json
 import logging
+import math
 import sqlite3
 import threading
 import time
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import Future
 from functools import partial
+from typing import Any, Deque, Dict, List, Optional, Set, Tuple
 from typing import Counter as CounterType
-from typing import Deque, Dict, List, Optional, Set, Tuple
 from urllib.parse import urlsplit
 
-from .provider import CallPolicy, Provider
+from .._estimates import output_limit, prompt_characters, to_tokens
+from .pace import Account, Budget, Call, Limits
+from .provider import CallPolicy, Kind, Outcome, Provider
 from .store import Result, Store, batch_number, now
 
 __all__ = ["Workers"]
@@ -31,17 +34,31 @@ logger = logging.getLogger(__name__)
 _AGAIN = 1.0
 #: Seconds that `close` waits for the threads. Only one that is just connecting can take longer, and it does no more.
 _JOIN_SECONDS = 2.0
+#: How many tasks of a batch may be out of the database; this many only while they wait for an account.
+_MAX_OUT = 4096
 
 
 class _Task:
     """A task that is out of the database."""
 
-    def __init__(self, row: sqlite3.Row) -> None:
-        self.id, self.url, self.api_key, self.body, self.use_cache, self.track_progress = row
-        self.key = _cache_key(self.url, self.body)
+    def __init__(self, row: sqlite3.Row, account: Account) -> None:
+        self.id, self.method, self.url, self.api_key, self.body, self.use_cache, self.track_progress = row
+        self.key = _cache_key(self.method, self.url, self.body)
+        self.account = account
         self.started_at: Optional[int] = None
+        self.call: Optional[Call] = None
         self.tries = 0
         self.result: Optional[Result] = None
+        #: Whether identical tasks may have the result.
+        self.is_usable = False
+        self._tokens: Optional[Tuple[float, Optional[int]]] = None
+
+    def tokens(self) -> Tuple[float, Optional[int]]:
+        """About how many are in its prompt, and the most that it allows to answer with, if it says."""
+        if self._tokens is None:
+            body = json.loads(self.body)
+            self._tokens = to_tokens(prompt_characters(body)), output_limit(body)
+        return self._tokens
 
 
 class Workers:
@@ -51,13 +68,17 @@ class Workers:
         store: Where tasks come from, and results go.
         count: How many calls may run at a time.
         policy: How calls are made, and made again.
+        limits: What calls must keep to.
     """
 
-    def __init__(self, store: Store, count: int, policy: CallPolicy) -> None:
+    def __init__(self, store: Store, count: int, policy: CallPolicy, limits: Limits) -> None:
         self.count = count
         self._store = store
         self._policy = policy
-        self._max_out = max(16 * count, 256)
+        self._limits = limits
+        totals = store.totals()
+        self._budget = Budget(limits, totals["prompt_tokens"], totals["completion_tokens"])
+        self._max_out = max(16 * count, _MAX_OUT)
         self._changed = threading.Condition()
         self._closing = threading.Event()
         #: Batches with tasks still to be read, each with the row id that was read last; the next one to read first.
@@ -66,6 +87,10 @@ class Workers:
         self._out: Dict[int, _Task] = {}
         self._out_per_batch: CounterType[int] = Counter()
         self._ready: Deque[_Task] = deque()
+        #: By provider and a digest of the key; those that tasks wait for; and the tasks that wait for money.
+        self._accounts: Dict[bytes, Account] = {}
+        self._held: List[Account] = []
+        self._unaffordable: Deque[_Task] = deque()
         self._waiting: List[Tuple[float, int, _Task]] = []
         self._serial = itertools.count()
         #: Tasks whose call failed and will be made again, and why the last of them failed.
@@ -100,6 +125,8 @@ class Workers:
         with self._changed:
             batch, before = batch_number(first_task), first_task - 1
             self._unread[batch] = min(self._unread.get(batch, before), before)  # uploads may tell in any order
+            for account in self._accounts.values():
+                account.reopen()
             self._changed.notify()
 
     def forget(self, first: int, end: int) -> None:
@@ -117,11 +144,21 @@ class Workers:
             return {task.id: task.started_at for task in out if task.track_progress and task.started_at is not None}
 
     def trouble(self) -> Optional[str]:
-        """How many calls wait to be made again, and why the last of them failed; None where all is well."""
+        """What holds things up: accounts that take no calls, calls that failed, and why; None where all is well."""
         with self._changed:
-            if not self._repeating:
-                return None
-            return f"calls that failed and will be made again: {len(self._repeating):,}; the last: {self._last_error}"
+            moment = time.monotonic()
+            troubles = [account.trouble(moment) for account in self._accounts.values()]
+            if self._repeating:
+                count = f"calls that failed and will be made again: {len(self._repeating):,}"
+                troubles.append(f"{count}; the last: {self._last_error}")
+            if self._is_out_of_money():
+                troubles.append(f"the budget of {self._budget.cap:g} is used up, {self._budget.spent:.6g} were spent")
+            return "; ".join(filter(None, troubles)) or None
+
+    def budget(self, unfinished: int) -> Optional[Dict[str, Any]]:
+        """For ``/health``: what was spent, the cap, and how many of the unfinished tasks wait for a higher one."""
+        with self._changed:
+            return self._budget.as_json(unfinished if self._is_out_of_money() else 0)
 
     def unstored(self) -> int:
         """How many results could not be stored yet."""
@@ -149,29 +186,18 @@ class Workers:
     def _call(self, task: _Task, provider: Provider) -> Optional[Result]:
         """The result of a task, or None when there is none yet."""
         try:
-            outcome = provider.call(task.url, task.api_key, task.body)
+            outcome = provider.call(task.method, task.url, task.api_key, task.body)
         except Exception as exc:  # what requests lets through for odd URLs; the text may hold the key
             logger.error("a provider can't be called: %s", type(exc).__name__)
-            return _failure(f"Request error: {type(exc).__name__}")
+            outcome = Outcome(Kind.ANSWERED, f"Request error: {type(exc).__name__}")
         if self._closing.is_set():  # broken off by close()
             return None
-        if isinstance(outcome, Result):
-            return outcome
-        if task.tries == self._policy.retries:
-            return _failure(f"{outcome.error} (tried {task.tries + 1} times)", outcome.duration)
-        task.tries += 1
         with self._changed:
-            if task.id in self._out:  # not deleted
-                self._repeating.add(task.id)
-            host = urlsplit(task.url).netloc.rpartition("@")[2]  # the rest of a URL may hold a key
-            status, is_answer, _ = outcome.error.partition("): ")  # what the provider said may hold the prompt
-            self._last_error = f"{host}: {status}" + (")" if is_answer else "")
-        self._postpone(task, self._policy.pause(task.tries, outcome.retry_after))
-        return None
+            return self._learn(task, outcome)
 
     def _store_result(self, task: _Task) -> None:
         assert task.result is not None
-        key = task.key if task.result.completed and not task.result.cached else None
+        key = task.key if task.is_usable and not task.result.cached else None
         moment = now()
         stored = self._store.finish(task.id, task.result, task.started_at or moment, moment, key)
         stored.add_done_callback(partial(self._stored, task))
@@ -194,22 +220,131 @@ class Workers:
             self._changed.notify()
 
     def _take(self) -> Optional[_Task]:
-        """The next task to call, or whose result to store again; None when closing."""
+        """The next task to call, or whose result to store; None when closing."""
         with self._changed:
             while not self._closing.is_set():
-                while self._waiting and self._waiting[0][0] <= time.monotonic():
+                moment = time.monotonic()
+                while self._waiting and self._waiting[0][0] <= moment:
                     self._ready.append(heapq.heappop(self._waiting)[2])
-                while self._ready:
-                    task = self._ready.popleft()
-                    if task.id in self._out:  # not deleted
-                        task.started_at = task.started_at or now()
-                        self._changed.notify()  # one thread wakes the next, while there is something to do
-                        return task
+                task = self._next(moment)
+                if task is not None:
+                    self._changed.notify()  # one thread wakes the next, while there is something to do
+                    return task
                 if not self._read():
-                    self._changed.wait(self._waiting[0][0] - time.monotonic() if self._waiting else None)
+                    self._changed.wait(self._idle_time(moment))
         return None
 
     # Under the lock.
+
+    def _next(self, moment: float) -> Optional[_Task]:
+        """A task that may be called now, or has its result."""
+        for account in list(self._held):
+            task: Optional[_Task] = account.waiting.first()
+            while task is not None and (task.id not in self._out or self._may_go_on(task, moment)):
+                account.waiting.pop()
+                if task.id in self._out and (task.result or self._start(task, moment)):
+                    return task
+                task = account.waiting.first()
+            if task is None:
+                self._held.remove(account)
+        while self._ready:
+            task = self._ready.popleft()
+            if task.id not in self._out:  # deleted
+                continue
+            if not task.result and not self._may_go_on(task, moment):
+                self._hold(task)
+            elif task.result or self._start(task, moment):
+                return task
+        return None
+
+    def _may_go_on(self, task: _Task, moment: float) -> bool:
+        account = task.account
+        if account.verdict is not None:
+            task.result = _failure(f"not called: {account.verdict}")
+            return True
+        return account.delay(self._tokens(task), moment) <= 0
+
+    def _start(self, task: _Task, moment: float) -> bool:
+        """Take a task to be called, if there is money for it."""
+        cost = 0.0 if self._budget.cap is None else self._budget.estimate(*task.tokens())
+        if not self._budget.has_room(cost):
+            self._unaffordable.append(task)
+            return False
+        self._budget.start(cost)
+        task.call = task.account.start(self._tokens(task), moment)
+        task.call.cost = cost
+        task.started_at = task.started_at or now()
+        return True
+
+    def _tokens(self, task: _Task) -> float:
+        """What a call takes of a limit of tokens; 0 where there is none, or where it can't be known."""
+        if not task.account.counts_tokens:
+            return 0.0
+        prompt, limit = task.tokens()
+        return 0.0 if limit is None else prompt + limit
+
+    def _hold(self, task: _Task) -> None:
+        """Let a task wait for its account."""
+        task.account.waiting.append(batch_number(task.id), task)
+        if task.account not in self._held:
+            self._held.append(task.account)
+
+    def _idle_time(self, moment: float) -> Optional[float]:
+        """How long until there may be something to do."""
+        waits = [self._waiting[0][0] - moment] if self._waiting else []
+        for account in self._held:
+            waits.append(account.delay(self._tokens(account.waiting.first()), moment))
+        shortest = min(waits, default=math.inf)
+        return min(shortest, threading.TIMEOUT_MAX) if shortest < math.inf else None
+
+    def _learn(self, task: _Task, outcome: Outcome) -> Optional[Result]:
+        """What a call has come to: the task's result, or another try."""
+        account, call = task.account, task.call
+        assert call is not None
+        account.ended(call, outcome, time.monotonic())
+        self._budget.ended(call.cost, outcome)
+        self._ready.extend(self._unaffordable)
+        self._unaffordable.clear()
+        self._changed.notify()
+        if outcome.result is not None:
+            task.is_usable = outcome.is_usable
+            return outcome.result._replace(duration=outcome.duration)
+        if outcome.kind in (Kind.ANSWERED, Kind.DENIED):
+            return _failure(outcome.error, outcome.duration)
+        if outcome.kind is Kind.FAILED:
+            if outcome.is_reached or not account.is_away:  # else it is not the task's fault
+                task.tries += 1
+            if task.tries > self._policy.retries or account.verdict is not None:
+                tries = max(task.tries, account.rounds)
+                return _failure(f"{outcome.error} (tried {tries} times)", outcome.duration)
+            if task.id in self._out:  # not deleted
+                self._repeating.add(task.id)
+            status, is_answer, _ = outcome.error.partition("): ")  # what the provider said may hold the prompt
+            self._last_error = f"{account.name}: {status}" + (")" if is_answer else "")
+        if outcome.kind is Kind.REFUSED or account.is_away:
+            self._hold(task)
+        else:
+            self._postpone(task, self._policy.pause(task.tries, outcome.retry_after))
+        return None
+
+    def _is_out_of_money(self) -> bool:
+        """Whether nothing runs, or will, before the cap is higher."""
+        is_waiting = any(task.id in self._out for task in self._unaffordable)
+        return is_waiting and not (self._budget.running or self._held or self._ready or self._waiting)
+
+    def _account(self, url: str, api_key: Optional[str]) -> Account:
+        """The account that a call belongs to."""
+        try:
+            parts = urlsplit(url.lower())
+            provider = f"{parts.scheme}://{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+            name = parts.netloc.rpartition("@")[2]
+        except ValueError:  # no URL
+            provider = name = ""
+        key = hashlib.sha256(f"{provider}\n{api_key or ''}".encode()).digest()
+        account = self._accounts.get(key)
+        if account is None:
+            account = self._accounts[key] = Account(name, self._policy, self._limits)
+        return account
 
     def _read(self) -> int:
         """Take a few tasks out of the store, of each batch in its turn; gives how many."""
@@ -220,7 +355,7 @@ class Workers:
             rows = self._store.unfinished_tasks(batch, after, limit) if limit > 0 else []
             for row in rows:
                 if row["id"] not in self._out:  # read before it was known that the batch had grown
-                    self._admit(_Task(row))
+                    self._admit(_Task(row, self._account(row["url"], row["api_key"])))
                     count += 1
             if rows:
                 self._unread[batch] = rows[-1]["id"]
@@ -260,13 +395,14 @@ class Workers:
         if self._leaders.get(task.key, (None,))[0] is task:
             for follower in self._leaders.pop(task.key)[1]:
                 if follower.id in self._out:
-                    self._go_on(follower, task.result)
+                    self._go_on(follower, task)
 
-    def _go_on(self, follower: _Task, result: Optional[Result]) -> None:
+    def _go_on(self, follower: _Task, task: _Task) -> None:
+        result = task.result
         if result is None:  # deleted: the first of its followers is the next leader
             leader, followers = self._leaders.setdefault(follower.key, (follower, []))
             (self._ready if leader is follower else followers).append(follower)
-        elif result.completed:
+        elif task.is_usable:
             follower.result = result._replace(cached=True)
             self._store_result(follower)
         else:
@@ -277,6 +413,7 @@ def _failure(error: str, duration: int = 0) -> Result:
     return Result(False, json.dumps({"error": error}), duration)
 
 
-def _cache_key(url: str, body: str) -> bytes:
+def _cache_key(method: str, url: str, body: str) -> bytes:
     canonical = json.dumps(json.loads(body), sort_keys=True)
-    return hashlib.sha256(f"{url}\n{canonical}".encode()).digest()
+    name = url if method == "POST" else f"{method} {url}"
+    return hashlib.sha256(f"{name}\n{canonical}".encode()).digest()

@@ -1,0 +1,96 @@
+"""What a call will take, as far as its body tells: before it is made, nobody counts its tokens."""
+
+import json
+from collections import defaultdict
+from hashlib import blake2b
+from typing import Any, Dict, Iterable, List, Optional, Set, Tuple
+from urllib.parse import urlsplit
+
+from ._progress import duration, money
+from .models import Task
+
+__all__ = ["output_limit", "plan", "prompt_characters", "to_tokens"]
+
+_CHARACTERS_PER_TOKEN = 4
+_PROMPTS = ("messages", "prompt", "input", "contents", "system", "instructions", "systemInstruction", "tools")
+_OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+
+def prompt_characters(body: Any) -> int:
+    """The length of all texts of a prompt. Images and files in it are left out: they have prices of their own."""
+    return sum(_characters(body[name]) for name in _PROMPTS if name in body)
+
+
+def to_tokens(characters: int) -> int:
+    """About how many tokens so many characters are."""
+    return -(-characters // _CHARACTERS_PER_TOKEN)
+
+
+def output_limit(body: Any) -> Optional[int]:
+    """The most tokens that a body allows to answer with; None where it does not say."""
+    config = body.get("generationConfig")
+    limits = [body.get(name) for name in _OUTPUT_LIMITS]
+    limits.append(config.get("maxOutputTokens") if isinstance(config, dict) else None)
+    return next((int(limit) for limit in limits if isinstance(limit, (int, float)) and 0 < limit < 1 << 40), None)
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return 0 if value.startswith("data:") else len(value)
+    if isinstance(value, dict):
+        return sum(_characters(item) for name, item in value.items() if name != "data")
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
+
+
+class _Group:
+    """Calls that are counted together."""
+
+    def __init__(self) -> None:
+        self.calls = self.prompt_tokens = self.output_tokens = 0
+
+
+def plan(
+    tasks: Iterable[Task], input_cost: float, output_cost: float, rpm: Optional[float], tpm: Optional[float]
+) -> List[Tuple[str, str]]:
+    """What a run would send, as labels and texts; of each task only a digest is kept.
+
+    Args:
+        tasks: Read once.
+        input_cost: The price of a million prompt tokens.
+        output_cost: The price of a million output tokens.
+        rpm: How many calls a minute a provider allows for a key; None for any.
+        tpm: How many tokens a minute.
+    """
+    count = characters = unlimited = 0
+    seen: Set[bytes] = set()
+    models: Dict[str, _Group] = defaultdict(_Group)
+    accounts: Dict[Tuple[str, Optional[str]], _Group] = defaultdict(_Group)
+    for task in tasks:
+        count += 1
+        digest = blake2b(f"{task.method} {task.url}\n{json.dumps(task.body, sort_keys=True)}".encode(), digest_size=12)
+        if task.use_cache and digest.digest() in seen:
+            continue
+        seen.add(digest.digest())
+        length, limit, host = prompt_characters(task.body), output_limit(task.body), urlsplit(task.url).netloc
+        host = host.rpartition("@")[2]
+        characters += length
+        unlimited += limit is None
+        for group in (models[f"{host} {task.body.get('model', '')}"], accounts[host, task.api_key]):
+            group.calls += 1
+            group.prompt_tokens += to_tokens(length)
+            group.output_tokens += limit or 0
+    called = sum(group.calls for group in models.values())
+    prompt, output = (sum(getattr(g, name) for g in models.values()) for name in ("prompt_tokens", "output_tokens"))
+    rows = [("tasks", f"{count:,}: {called:,} to be called, {count - called:,} identical to one of those")]
+    rows += [("", f"{group.calls:,} x {name.strip()}") for name, group in models.items()]
+    more = f", and what {unlimited:,} without a limit may answer" if unlimited else ""
+    rows.append(("prompts", f"{characters:,} characters, about {prompt:,} tokens"))
+    rows.append(("answers", f"at most {output:,} tokens{more}"))
+    if input_cost or output_cost:
+        lowest = prompt * input_cost / 1e6
+        rows.append(("cost", f"from {money(lowest)} to {money(lowest + output * output_cost / 1e6)}{more}"))
+    if rpm or tpm:
+        minutes = [(group.calls - 1) // rpm if rpm else 0 for group in accounts.values()]
+        minutes += [(g.prompt_tokens + g.output_tokens - 1) // tpm if tpm else 0 for g in accounts.values()]
+        rows.append(("time", f"at least {duration(60 * max(minutes))}"))
+    return rows

@@ -1,0 +1,357 @@
+"""When the next call of a provider's account may start, whether any may, and whether there is money for it.
+
+An account is a provider's scheme, host and port, with a key: what providers count limits by. What is in here is told
+what becomes of each call, under the workers' lock. Times are in seconds, by ``time.monotonic()``.
+"""
+
+import math
+import time
+from collections import OrderedDict, deque
+from typing import Any, Deque, Dict, List, NamedTuple, Optional
+
+from .provider import CallPolicy, Kind, Outcome, Told
+
+__all__ = ["Account", "Budget", "Call", "Limits", "Turns"]
+
+#: So many calls in a row with no answer: the provider is away. So many denied: there is no account.
+_AWAY_AFTER = _DENIED_AFTER = 5
+#: One that had answered is asked at least so often whether it is back, for so long.
+_LONGEST_PROBE_PAUSE = 60.0
+#: A rate is tried again 30 % higher after so many calls: few when it was measured once, more with each
+#: measure that says the same.
+_FIRST_PATIENCE, _LONGEST_PATIENCE = 3, 500
+#: How far below what a provider says of its limit.
+_MARGIN = 0.98
+#: What threads that wake late may make up for.
+_CATCH_UP = 0.1
+#: Output tokens of a call that sets no limit, for the budget; more where more were seen.
+_LEAST_OUTPUT = 1000
+#: How much of a provider's error goes into those of tasks that were not called, in characters.
+_WORDS = 300
+
+
+class Limits(NamedTuple):
+    """What the user allows: calls and tokens a minute for each account, and money for all; prices are per million."""
+
+    rpm: Optional[float] = None
+    tpm: Optional[float] = None
+    max_cost: Optional[float] = None
+    input_cost: float = 0.0
+    output_cost: float = 0.0
+
+    def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
+        """What so many tokens cost."""
+        return (prompt_tokens * self.input_cost + completion_tokens * self.output_cost) / 1e6
+
+
+class Call:
+    """A call that is running."""
+
+    def __init__(self, started_at: float) -> None:
+        self.started_at = started_at
+        #: What it takes of the account's tokens, corrected when it ends; and of the budget.
+        self.tokens: List[float] = []
+        self.cost = 0.0
+
+
+class Turns:
+    """What waits, by batch; batches take turns."""
+
+    def __init__(self) -> None:
+        self._batches: OrderedDict[int, Deque[Any]] = OrderedDict()
+
+    def append(self, batch: int, task: Any) -> None:
+        self._batches.setdefault(batch, deque()).append(task)
+
+    def first(self) -> Any:
+        """The next one; None where nothing waits."""
+        return next(iter(self._batches.values()))[0] if self._batches else None
+
+    def pop(self) -> None:
+        batch, tasks = next(iter(self._batches.items()))
+        tasks.popleft()
+        self._batches.move_to_end(batch)
+        if not tasks:
+            del self._batches[batch]
+
+
+class _Window:
+    """At most so much in any minute: what a provider lets through, whichever way it counts."""
+
+    def __init__(self, limit: float, length: float) -> None:
+        self._limit = limit
+        self._length = length
+        self._entries: Deque[List[float]] = deque()  # when, how much
+        self._taken = 0.0
+
+    def add(self, amount: float, now: float) -> List[float]:
+        self._entries.append([now, amount])
+        self._taken += amount
+        return self._entries[-1]
+
+    def correct(self, entry: List[float], amount: float) -> None:
+        if entry in self._entries:
+            self._taken += amount - entry[1]
+            entry[1] = amount
+
+    def delay(self, amount: float, now: float) -> float:
+        entries = self._entries
+        while entries and entries[0][0] <= now - self._length:
+            self._taken -= entries.popleft()[1]
+        excess = min(amount, self._limit) - self._limit + self._taken
+        free_at = now
+        for started_at, taken in entries:
+            if excess <= 1e-6:  # what adding and taking away leaves of nothing
+                break
+            excess -= taken
+            free_at = started_at + self._length
+        return free_at - now
+
+
+class Account:
+    """The pace of one account's calls.
+
+    A rate is not known before the provider refuses, or says that its limit is near. Then it is what was let through
+    from one refusal to the next, and grows with the calls that are answered: fast while one measure differs from
+    the next, slowly when they agree.
+
+    Args:
+        name: The provider's host, for messages; never the key.
+        policy: Pauses.
+        limits: What is known of the account from the start.
+
+    Attributes:
+        verdict: Why its tasks are not called any more; None while they are.
+        is_away: Whether it has not answered for several calls in a row; one at a time finds out when it is back.
+        rounds: How often it was tried since it last answered; calls that run at the same time are one try.
+        waiting: The tasks that wait for it.
+    """
+
+    def __init__(self, name: str, policy: CallPolicy, limits: Limits) -> None:
+        self.name = name
+        self.verdict: Optional[str] = None
+        self.is_away = False
+        self.rounds = 0
+        self.waiting = Turns()
+        self._policy = policy
+        self._requests = _Window(limits.rpm, policy.window) if limits.rpm else None
+        self._tokens = _Window(limits.tpm, policy.window) if limits.tpm else None
+        self._running = 0
+        self._mean_tokens = 0.0
+        #: When the next call may start; until when none does, since when not, and why.
+        self._next_at = self._paused_until = self._trouble_since = -math.inf
+        self._trouble = ""
+        #: While it is not known whether calls are taken again, one at a time: that one.
+        self._is_probing = False
+        self._probe: Optional[Call] = None
+        #: Calls a second; None for any.
+        self._rate: Optional[float] = None
+        self._patience = _FIRST_PATIENCE
+        #: Since the last refusal: what was answered, how much of it before the rate was set, and what was sent.
+        self._answered = self._answered_before_rate = self._sent = 0
+        self._counted_from = self._ended_at = -math.inf
+        #: What calls that started before this say is known already.
+        self._refused_at = self._failed_at = -math.inf
+        self._has_answered = False
+        self._failed = self._refused = self._denied = 0
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether `delay` and `start` need to know a call's tokens."""
+        return self._tokens is not None
+
+    def delay(self, tokens: float, now: float) -> float:
+        """How long until a call may start; infinite while that depends on one that is running."""
+        if self.verdict is not None:
+            return 0.0
+        if self._probe is not None:
+            return math.inf
+        delay = self._next_at - now
+        if self._requests:
+            delay = max(delay, self._requests.delay(1, now))
+        if self._tokens:
+            delay = max(delay, self._tokens.delay(tokens or self._mean_tokens, now))
+        return max(delay, 0.0)
+
+    def start(self, tokens: float, now: float) -> Call:
+        """A call starts."""
+        call = Call(now)
+        if not self._running and now - max(self._ended_at, self._next_at) > self._policy.window:  # it was idle
+            self._counted_from, self._answered, self._answered_before_rate, self._sent = now, 0, 0, 0
+        self._running += 1
+        self._sent += 1
+        if self._requests:
+            self._requests.add(1, now)
+        if self._tokens:
+            call.tokens = self._tokens.add(tokens or self._mean_tokens, now)
+        if self._is_probing:
+            self._probe = call
+        if self._rate is not None:
+            self._next_at = max(self._next_at, now - _CATCH_UP) + 1 / self._current_rate(self._rate)
+        return call
+
+    def ended(self, call: Call, outcome: Outcome, now: float) -> None:
+        """A call has ended: learn from it."""
+        self._running -= 1
+        self._ended_at = now
+        if self._probe is call:
+            self._probe = None
+        if outcome.result is not None and outcome.result.total_tokens:
+            self._mean_tokens += (outcome.result.total_tokens - self._mean_tokens) / (8 if self._mean_tokens else 1)
+            if self._tokens:
+                self._tokens.correct(call.tokens, outcome.result.total_tokens)
+        if outcome.kind is Kind.REFUSED:
+            self._refuse(call, outcome.retry_after, now)
+        elif outcome.kind is Kind.FAILED:
+            self._fail(call, outcome, now)
+        else:
+            self._answer(call, outcome)
+        for told in outcome.told:
+            self._heed(told)
+
+    def trouble(self, now: float) -> Optional[str]:
+        """What is wrong, since when, and until when nothing is called; None where all is well."""
+        is_idle = not self._running and self.waiting.first() is None
+        if is_idle or self.verdict is not None or not (self._is_probing or now < self._paused_until):
+            return None
+        until = f"no call before {_clock(self._paused_until)}" if now < self._paused_until else "a call tries it again"
+        return f"{self.name} {self._trouble} since {_clock(self._trouble_since)}: {until}"
+
+    def reopen(self) -> None:
+        """More tasks have come: perhaps the account is in order by now."""
+        if self.verdict is not None:
+            self.verdict = None
+            self._failed = self._denied = self.rounds = 0
+            self.is_away = self._is_probing = False
+
+    def _current_rate(self, rate: float) -> float:
+        return rate * (1 + 0.3 * ((self._answered - self._answered_before_rate) / self._patience) ** 2)
+
+    def _set_rate(self, rate: float, patience: int) -> None:
+        self._rate, self._patience, self._answered_before_rate, self._measured = rate, patience, self._answered, 0
+
+    def _answer(self, call: Call, outcome: Outcome) -> None:
+        self._has_answered = True
+        self._failed = self.rounds = 0
+        self.is_away = False
+        if call.started_at > self._refused_at:
+            self._answered += 1
+            self._refused = 0
+        elif self._rate is not None and self._measured:  # it belongs to the last measure
+            self._rate *= 1 + 1 / self._measured
+            self._measured += 1
+        if call.started_at > max(self._refused_at, self._failed_at):
+            self._is_probing = False
+        self._denied = self._denied + 1 if outcome.kind is Kind.DENIED else 0
+        if self._denied == _DENIED_AFTER:
+            self.verdict = f"{self.name} has denied {self._denied} calls in a row; the last: {outcome.error[:_WORDS]}"
+
+    def _refuse(self, call: Call, retry_after: float, now: float) -> None:
+        self._failed = self.rounds = 0
+        self.is_away = False
+        if call.started_at <= self._refused_at:
+            self._pause("refuses calls", now, retry_after)
+            return
+        if not self._refused:
+            self._trouble_since = now
+        self._refused += 1
+        wait = self._policy.pause(self._refused, retry_after)
+        if self._answered:
+            self._measure(now + wait)
+        self._refused_at = now
+        self._pause("refuses calls", now, wait)
+
+    def _measure(self, until: float) -> None:
+        """Set the rate to what was let through since the last refusal."""
+        seconds = until - self._counted_from
+        rate, patience = self._answered / seconds, _FIRST_PATIENCE
+        if self._rate is not None:
+            grown = self._answered - self._answered_before_rate
+            if 0.1 * grown**3 > 0.25 * self._patience**2:  # by so many calls was the rate exceeded
+                if 0.75 < rate / self._rate < 1.33:
+                    patience = min(4 * self._patience, _LONGEST_PATIENCE)
+            elif self._sent > 0.75 * self._rate * seconds:  # no more than before: calls are refused whatever the rate
+                rate = 2 * self._rate
+        self._set_rate(max(rate, 1 / self._policy.window), patience)
+        self._measured = self._answered
+        self._answered = self._answered_before_rate = self._sent = 0
+        self._counted_from = until
+
+    def _fail(self, call: Call, outcome: Outcome, now: float) -> None:
+        policy, is_news = self._policy, call.started_at > self._failed_at
+        self._failed += 1
+        if is_news:
+            self._failed_at = now
+            self.rounds += 1
+        if not self.is_away and self._failed >= _AWAY_AFTER:
+            self.is_away, self._trouble_since, is_news = True, now, True
+        if self.is_away and is_news:
+            pause = policy.pause(self.rounds, outcome.retry_after)
+            self._pause("is away", now, min(pause, _LONGEST_PROBE_PAUSE) if self._has_answered else pause)
+        is_over = now - self._trouble_since > policy.given_up_after if self._has_answered else True
+        if is_over and self.is_away and self.rounds > policy.retries:
+            has_ended = "no longer answers" if self._has_answered else "has never answered"
+            tried = f"tried {self.rounds} times since {_clock(self._trouble_since)}"
+            self.verdict = f"{self.name} {has_ended}, {tried}; the last: {outcome.error[:_WORDS]}"
+
+    def _pause(self, why: str, now: float, seconds: float) -> None:
+        self._trouble, self._is_probing = why, True
+        self._paused_until = max(self._paused_until, now + seconds)
+        self._next_at = max(self._next_at, self._paused_until)
+
+    def _heed(self, told: Told) -> None:
+        """Slow down to what a provider says of its limit, when that is near."""
+        per_call = 1.0 if told.of == "requests" else self._mean_tokens
+        if not per_call or told.remaining > per_call * (self._running + 1):
+            return
+        rate = _MARGIN * (told.limit - told.remaining) / told.full_in / per_call
+        if rate > 0 and (self._rate is None or rate < self._current_rate(self._rate)):
+            self._set_rate(rate, _LONGEST_PATIENCE)
+
+
+class Budget:
+    """What was spent, what the calls that run may still cost, and whether there is room for another.
+
+    Args:
+        limits: The cap, and the prices.
+        prompt_tokens: What was paid for before.
+        completion_tokens: The same.
+    """
+
+    def __init__(self, limits: Limits, prompt_tokens: int, completion_tokens: int) -> None:
+        self.cap = limits.max_cost
+        self.spent = limits.cost(prompt_tokens, completion_tokens)
+        self._limits = limits
+        self._reserved = 0.0
+        self._largest_output = _LEAST_OUTPUT
+        #: How many calls run.
+        self.running = 0
+
+    def estimate(self, prompt_tokens: float, output_limit: Optional[int]) -> float:
+        """What a call may cost."""
+        return self._limits.cost(prompt_tokens, self._largest_output if output_limit is None else output_limit)
+
+    def has_room(self, cost: float) -> bool:
+        return self.cap is None or self.spent + self._reserved + cost <= self.cap * (1 + 1e-9)
+
+    def start(self, cost: float) -> None:
+        self._reserved += cost
+        self.running += 1
+
+    def ended(self, cost: float, outcome: Outcome) -> None:
+        """A call has ended, for which so much was put aside; one that does not tell its tokens cost that."""
+        self.running -= 1
+        self._reserved = self._reserved - cost if self.running else 0.0
+        result = outcome.result
+        if result is not None:
+            self._largest_output = max(self._largest_output, result.completion_tokens)
+            used = self._limits.cost(result.prompt_tokens, result.completion_tokens)
+            self.spent += used if result.total_tokens else cost
+
+    def as_json(self, waiting: int) -> Optional[Dict[str, Any]]:
+        """For ``/health``; None where there is no cap."""
+        return None if self.cap is None else {"spent": self.spent, "cap": self.cap, "waiting": waiting}
+
+
+def _clock(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + moment - time.monotonic()))

@@ -1,0 +1,469 @@
+"""A provider's limits: what is paced, what waits, what is given up, and what is spent."""
+
+import json
+import threading
+import time
+
+import pytest
+from servers import DEADLINE, DROP, Answer
+
+from synthgen import BudgetExceededError, Task
+from synthgen.exceptions import ConfigurationError
+from synthgen.local import LocalServer
+from synthgen.local.pace import Account, Limits
+from synthgen.local.provider import CallPolicy, Kind, Outcome, Told, _seconds
+from synthgen.local.store import Result
+
+GOOD = {
+    "choices": [{"message": {"role": "assistant", "content": "good"}}],
+    "usage": {"prompt_tokens": 7, "completion_tokens": 4},
+}
+
+
+@pytest.fixture
+def pace(serve):
+    """Starts a server whose policy is as told; a minute is `window` seconds."""
+
+    def start(policy=None, **settings):
+        api = serve(**settings)
+        api.server.close()
+        api.server._policy = api.server._policy._replace(**(policy or {}))
+        api.server.start()
+        return api
+
+    return start
+
+
+# Refusals.
+
+
+class Limiter:
+    """Answers as long as there are tokens in its bucket, which fills at a rate; else a 429 says how long to wait."""
+
+    def __init__(self, per_second, capacity):
+        self.per_second, self.capacity, self.level = per_second, capacity, capacity
+        self.filled_at = time.monotonic()
+        self.refused = 0
+        self.lock = threading.Lock()
+
+    def __call__(self, request):
+        with self.lock:
+            now = time.monotonic()
+            self.level = min(self.capacity, self.level + (now - self.filled_at) * self.per_second)
+            self.filled_at = now
+            if self.level >= 1:
+                self.level -= 1
+                return GOOD
+            self.refused += 1
+            missing = (1 - self.level) / self.per_second
+            return Answer({"error": "slow down"}, 429, {"Retry-After": "1", "retry-after-ms": f"{missing * 1000:.1f}"})
+
+
+def test_a_limit_fails_no_task_and_is_soon_learned(serve, model, task):
+    """Sixteen workers beside a limit: all tasks complete, and few calls are refused."""
+    limiter = Limiter(per_second=100, capacity=20)
+    model.answers(limiter)
+    results = serve().run(*[task(str(number)) for number in range(200)])
+
+    assert all(result["status"] == "COMPLETED" for result in results)
+    assert limiter.refused <= 60
+
+
+def test_no_call_of_an_account_starts_before_its_provider_said(pace, model, task):
+    """All the tasks of the key wait, no thread does: another key's tasks go on, with one worker."""
+    api = pace(workers=1)
+    refusal = Answer({"error": "slow down"}, 429, {"Retry-After": "400"})
+    model.answers(lambda request: refusal if request.headers["Authorization"] == "Bearer slow" else GOOD)
+    tasks = [task(f"{key} {number}", api_key=key) for key in ("slow", "quick") for number in range(300)]
+    batch_id = api.submit(*tasks)
+    api.wait(batch_id, lambda batch: batch["completed_tasks"] == 300)
+
+    assert [request.headers["Authorization"] for request in model.requests].count("Bearer slow") == 1
+    error = api.get("/health")["error"]
+    assert "refuses calls since" in error and "no call before" in error
+    assert error.startswith("127.0.0.1:") and "Bearer" not in error and "slow" not in error
+
+
+@pytest.mark.parametrize("status", [429, 503, 529])
+def test_a_refusal_is_not_a_try(serve, model, task, status):
+    """However often one is refused, the task does not fail for it."""
+    refusal = Answer({"error": "slow down"}, status, {"Retry-After": "0.001"})
+    model.answers(*[refusal] * 15, GOOD)
+    (result,) = serve().run(task())
+
+    assert result["status"] == "COMPLETED"
+    assert len(model.requests) == 16
+
+
+def test_a_refusal_inside_of_a_200_is_one(serve, model, task):
+    """Some gateways answer 200 with the provider's error in it: its code counts."""
+    refusal, failure = {"error": {"code": 429, "message": "slow"}}, {"error": {"code": 502, "message": "oops"}}
+    model.answers(*[refusal] * 12, failure, GOOD)
+    (result,) = serve().run(task())
+
+    assert result["status"] == "COMPLETED"
+
+
+def test_a_small_batch_does_not_wait_for_what_a_large_one_holds(pace, model, task):
+    """Batches take turns at a slow account, too."""
+    api = pace({"window": 0.2}, rpm=2)
+    model.answers(GOOD)
+    large = api.submit(*[task(str(number)) for number in range(60)])
+    model.wait_for_requests(3)
+    small = api.submit(task("small"))
+    api.wait(small)
+
+    assert api.batch(large)["completed_tasks"] < 40
+
+
+# A pace, by a clock of its own.
+
+
+def account(**limits):
+    return Account("provider", CallPolicy(), Limits(**limits))
+
+
+def good(tokens=0, *told):
+    return Outcome(Kind.ANSWERED, result=Result(True, "{}", 0, 0, 0, tokens), told=told)
+
+
+def delays(paced, count, tokens=0.0, outcome=None):
+    """When each of so many calls could start, the earlier ones being answered at once."""
+    now, times = 1000.0, []
+    for _ in range(count):
+        now += paced.delay(tokens, now)
+        times.append(round(now - 1000, 3))
+        paced.ended(paced.start(tokens, now), outcome or good(), now)
+    return times
+
+
+def test_known_limits_hold_from_the_first_call():
+    """Never more in a minute than the provider allows, whichever way it counts."""
+    assert delays(account(rpm=3), 7) == [0, 0, 0, 61, 61, 61, 122]
+    assert delays(account(tpm=100), 4, 50, good(50)) == [0, 0, 61, 61]
+
+
+def test_tokens_are_corrected_by_the_usage():
+    """A call that took fewer tokens than it might have makes room."""
+    assert delays(account(tpm=100), 5, 50, good(25)) == [0, 0, 0, 61, 61]
+
+
+def test_a_call_larger_than_the_limit_waits_for_an_empty_minute():
+    """It can't be sent otherwise; that it is too large is the provider's to say."""
+    assert delays(account(tpm=100), 2, 500, good(500)) == [0, 61]
+
+
+def test_what_a_provider_says_of_its_limit_is_kept_to():
+    """When nearly nothing remains, calls come as fast as it fills again, and none is refused for that."""
+    near = Told("requests", limit=60, remaining=0, full_in=60)
+    times = delays(account(), 4, outcome=good(0, near))
+
+    assert times[0] == times[1] == 0  # the first answer tells
+    assert [round(late - early) for early, late in zip(times[1:], times[2:])] == [1, 1]
+
+
+def test_calls_that_are_refused_whatever_the_rate_do_not_stop_it():
+    """A provider that refuses every tenth call by chance is not called slower and slower."""
+    paced, now, calls = account(), 1000.0, 0
+    for number in range(2000):
+        now += paced.delay(0, now)
+        outcome = Outcome(Kind.REFUSED, retry_after=1.0) if number % 10 == 9 else good()
+        paced.ended(paced.start(0, now), outcome, now + 0.01)
+        now += 0.01
+        calls += 1
+
+    assert now - 1000 < 2000
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [("1s", 1), ("20ms", 0.02), ("6m0s", 360), ("2m59.56s", 179.56), ("1h2m3s", 3723), ("7", 7), ("1d", 86400)],
+)
+def test_the_time_until_a_limit_is_reset_is_read(text, seconds):
+    """As OpenAI and those like it write it."""
+    assert _seconds(text, None) == pytest.approx(seconds)
+
+
+def test_a_time_of_reset_is_by_the_providers_clock():
+    """Anthropic gives a time; the clock here may be wrong."""
+    assert _seconds("2020-01-01T00:01:00Z", "Wed, 01 Jan 2020 00:00:30 GMT") == 30
+
+
+def test_a_limit_in_the_headers_is_kept_to(pace, model, task):
+    """The provider says that nothing remains for long: no call follows those that ran."""
+    headers = {"x-ratelimit-limit-requests": "1", "x-ratelimit-remaining-requests": "0"}
+    model.answers(Answer(GOOD, headers={**headers, "x-ratelimit-reset-requests": "60s"}))
+    api = pace(workers=2)
+    batch_id = api.submit(*[task(str(number)) for number in range(50)])
+    batch = api.wait(batch_id, lambda batch: batch["completed_tasks"] >= 2)
+
+    assert len(model.requests) <= 4
+    assert batch["failed_tasks"] == 0
+
+
+# No account.
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer({"error": "wrong key"}, 401),
+        Answer({"error": "not allowed"}, 403),
+        Answer({"error": "pay"}, 402),
+        Answer({"error": {"code": "insufficient_quota", "message": "check your plan"}}, 429),
+        Answer({"error": {"message": "Your credit balance is too low to access the API"}}, 400),
+    ],
+)
+def test_without_an_account_no_more_calls_are_made(serve, model, task, answer):
+    """After some in a row the rest of the tasks fail without a call, and their error says why."""
+    api = serve(workers=2)
+    model.answers(answer)
+    results = api.run(*[task(str(number)) for number in range(100)])
+
+    assert len(model.requests) <= 7
+    assert all(result["status"] == "FAILED" for result in results)
+    assert results[-1]["completions"]["error"].startswith("not called: 127.0.0.1:")
+    assert "denied 5 calls in a row" in results[-1]["completions"]["error"]
+
+
+def test_tasks_that_come_later_are_called_again(serve, model, task):
+    """By then the account may be in order."""
+    api = serve(workers=1)
+    model.answers(*[Answer({"error": "wrong key"}, 401)] * 5, GOOD)
+    first = api.run(*[task(str(number)) for number in range(10)])
+    (second,) = api.run(task("more"))
+
+    assert {result["status"] for result in first} == {"FAILED"}
+    assert second["status"] == "COMPLETED"
+
+
+def test_one_success_shows_that_there_is_an_account(serve, model, task):
+    """A key that is refused some things only is called on."""
+    api = serve(workers=1)
+    model.answers(lambda request: GOOD if b"good" in request.body else Answer({"error": "moderated"}, 403))
+    results = api.run(*[task(f"{'good' if number % 4 == 3 else 'bad'} {number}") for number in range(40)])
+
+    assert len(model.requests) == 40
+    assert sum(result["status"] == "COMPLETED" for result in results) == 10
+
+
+# Away.
+
+
+def test_a_provider_that_never_answers_is_given_up_for_all_its_tasks(serve, model, task):
+    """With the tries of one task: those of the others are not made."""
+    api = serve(workers=4)
+    model.answers(DROP)
+    results = api.run(*[task(str(number)) for number in range(500)])
+
+    assert len(model.requests) < 40
+    assert all(result["status"] == "FAILED" for result in results)
+    error = results[-1]["completions"]["error"]
+    assert error.startswith("not called: 127.0.0.1:") and "has never answered, tried 11 times since" in error
+
+
+def test_while_a_provider_is_away_its_tasks_use_up_no_tries(pace, model, task):
+    """One call at a time finds out when it is back; then all tasks complete."""
+    api = pace({"longest_pause": 0.005}, workers=4)
+    answers = iter([GOOD] + [DROP] * 60)
+    model.answers(lambda request: next(answers, GOOD))
+    results = api.run(task("first"))
+    results += api.run(*[task(str(number)) for number in range(40)])
+
+    assert all(result["status"] == "COMPLETED" for result in results)
+
+
+def test_a_provider_that_stays_away_is_given_up(pace, model, task):
+    """Though it had answered; after an hour, which is shorter here."""
+    api = pace({"given_up_after": 0.2, "longest_pause": 0.01}, workers=2)
+    model.answers(GOOD, DROP)
+    api.run(task("first"))
+    results = api.run(*[task(str(number)) for number in range(100)])
+
+    assert all(result["status"] == "FAILED" for result in results)
+    assert "no longer answers" in results[-1]["completions"]["error"]
+
+
+def test_health_says_that_a_provider_is_away(pace, task):
+    """Which, since when, and until when it is not called."""
+    api = pace({"backoff": 30.0, "longest_pause": 60.0}, workers=8)
+    api.submit(*[task(str(number), url="http://127.0.0.1:1/v1?key=secret") for number in range(30)])
+    deadline = time.monotonic() + DEADLINE
+    while "is away" not in (api.get("/health")["error"] or ""):
+        assert time.monotonic() < deadline
+    error = api.get("/health")["error"]
+
+    assert error.startswith("127.0.0.1:1 is away since 20")
+    assert "no call before 20" in error and "secret" not in error
+
+
+def test_a_task_that_always_fails_has_its_own_tries(serve, model, task):
+    """The provider is not away: the other tasks complete, and this one fails."""
+    api = serve(workers=2)
+    model.answers(lambda request: Answer({"error": "oops"}, 500) if b"poison" in request.body else GOOD)
+    results = api.run(*[task("poison" if number == 5 else str(number)) for number in range(50)])
+
+    assert [result["status"] for result in results].count("FAILED") == 1
+    assert "(tried 11 times)" in results[5]["completions"]["error"]
+
+
+@pytest.mark.parametrize("status", [408, 409, 425])
+def test_a_conflict_that_may_pass_is_tried_again(serve, model, task, status):
+    """As are 5xx."""
+    model.answers(Answer({"error": "not now"}, status), GOOD)
+    (result,) = serve().run(task())
+
+    assert result["status"] == "COMPLETED"
+
+
+# What is no answer.
+
+
+def test_a_stream_fails_at_once_and_says_what_to_change(serve, model, task):
+    """It is not read, and not asked for again."""
+    events = [b"data: {}\n\n", threading.Event()]
+    model.answers(Answer(headers={"Content-Type": "text/event-stream"}, chunks=events))
+    (result,) = serve().run(task())
+
+    assert len(model.requests) == 1
+    assert 'remove "stream" from the body' in result["completions"]["error"]
+
+
+@pytest.mark.parametrize("reason, content", [("content_filter", "half of"), ("stop", ""), ("stop", None)])
+def test_an_empty_or_filtered_answer_is_not_for_others(serve, model, task, reason, content):
+    """Neither for an identical task that waited for it, nor for one that comes later."""
+    api = serve(workers=1)
+    empty = {"choices": [{"message": {"content": content}, "finish_reason": reason}]}
+    hold = threading.Event()
+    model.answers(Answer(empty, hold=hold), empty, GOOD)
+    batch_id = api.submit(task("same"), task("same"))
+    model.wait_for_requests(1)
+    hold.set()
+    batch = api.wait(batch_id)
+    (later,) = api.run(task("same"))
+
+    assert (batch["completed_tasks"], batch["cached_tasks"]) == (2, 0)
+    assert (later["status"], later["cached"], later["completions"]) == ("COMPLETED", False, GOOD)
+
+
+# The method.
+
+
+def test_the_method_of_a_task_is_what_is_sent(serve, model, task):
+    """And its answer is not another method's."""
+    model.answer("PUT", "/v1/chat/completions", GOOD)
+    api = serve()
+    posted, put = api.run(task("same"), task("same", method="PUT"))
+
+    assert sorted(request.method for request in model.requests) == ["POST", "PUT"]
+    assert not posted["cached"] and not put["cached"]
+
+
+def test_a_method_without_a_body_is_refused(serve, task):
+    """At the upload, with its line."""
+    response = serve().upload(json.dumps(task(method="GET")))
+
+    assert response.status_code == 422
+    assert "line 1: 'method' must be 'POST', 'PUT' or 'PATCH'" in response.text
+
+
+# Money.
+
+
+def priced(model, completion_tokens, hold=None):
+    """Every answer takes 1,000 output tokens, or so many."""
+    usage = {"prompt_tokens": 0, "completion_tokens": completion_tokens, "total_tokens": completion_tokens}
+    model.answers(Answer({**GOOD, "usage": usage}, hold=hold))
+
+
+def limited(task, prompt, limit=1000):
+    made = task(prompt)
+    return {**made, "body": {**made["body"], "max_tokens": limit}}
+
+
+def stuck(api, batch_id, waiting):
+    """The batch, when so many of its tasks wait for money."""
+    deadline = time.monotonic() + DEADLINE
+    while api.get("/health")["budget"]["waiting"] != waiting:
+        assert time.monotonic() < deadline, api.get("/health")
+    return api.batch(batch_id)
+
+
+def test_no_more_is_spent_than_may_be(serve, model, task):
+    """Calls in flight included: with a cap of ten calls' cost, ten are made by sixteen workers, and the rest waits."""
+    api = serve(max_cost=10.0, output_cost=1000.0)
+    priced(model, 1000)
+    batch_id = api.submit(*[limited(task, str(number)) for number in range(30)])
+    batch = stuck(api, batch_id, 20)
+
+    assert (batch["completed_tasks"], batch["pending_tasks"], len(model.requests)) == (10, 20, 10)
+    assert api.get("/health")["budget"] == {"spent": 10.0, "cap": 10.0, "waiting": 20}
+    assert "the budget of 10 is used up" in api.get("/health")["error"]
+
+
+def test_what_calls_leave_of_their_limit_is_spent_on_others(serve, model, task):
+    """A call that answers in fewer tokens than it may makes room for more."""
+    api = serve(max_cost=10.0, output_cost=1000.0)
+    priced(model, 500)
+    batch_id = api.submit(*[limited(task, str(number)) for number in range(30)])
+    stuck(api, batch_id, 11)
+
+    assert len(model.requests) == 19
+
+
+def test_a_call_without_a_limit_is_taken_for_the_largest_seen(serve, model, task):
+    """Or for 1,000 tokens at least."""
+    api = serve(max_cost=10.0, output_cost=1000.0, workers=1)
+    priced(model, 4000)
+    batch_id = api.submit(*[task(str(number)) for number in range(30)])
+    stuck(api, batch_id, 28)
+
+    assert len(model.requests) == 2
+
+
+def test_what_the_cache_answers_costs_nothing(serve, model, task):
+    """With no money left, identical tasks still complete."""
+    api = serve(max_cost=1.0, output_cost=1000.0)
+    priced(model, 1000)
+    api.run(limited(task, "same"))
+    (again,) = api.run(limited(task, "same"))
+
+    assert again["cached"]
+
+
+def test_a_higher_cap_goes_on_where_the_lower_one_stopped(serve, model, task, tmp_path):
+    """What was spent before the restart counts."""
+    database, price = tmp_path / "tasks.db", {"output_cost": 1000.0}
+    priced(model, 1000)
+    api = serve(database=database, max_cost=4.0, **price)
+    batch_id = api.submit(*[limited(task, str(number)) for number in range(10)])
+    stuck(api, batch_id, 6)
+    api.close()
+    api = serve(database=database, max_cost=7.0, **price)
+    stuck(api, batch_id, 3)
+    api.close()
+    api = serve(database=database, max_cost=70.0, **price)
+
+    assert api.wait(batch_id)["completed_tasks"] == 10
+    assert len(model.requests) == 10
+
+
+def test_the_client_says_that_the_money_is_used_up(model, monkeypatch):
+    """With what was spent, the cap, and how many tasks wait."""
+    monkeypatch.setattr("synthgen._waiting._ASK_AFTER", 0.05)
+    priced(model, 1000)
+    tasks = [Task(url=model.url, body={"messages": [{"content": str(i)}], "max_tokens": 1000}) for i in range(9)]
+    with LocalServer(max_cost=4.0, output_cost=1000.0) as server, server.client() as client:
+        with pytest.raises(BudgetExceededError, match="higher max_cost") as caught:
+            client.monitor_batch(tasks, show_progress=False)
+
+    error = caught.value
+    assert (error.spent, error.cap, error.waiting) == (4.0, 4.0, 5)
+    assert error.batch_id
+
+
+@pytest.mark.parametrize("settings", [{"max_cost": 1.0}, {"rpm": 0}, {"tpm": -1}, {"max_cost": 0, "input_cost": 1}])
+def test_limits_that_make_no_sense_are_refused(settings):
+    """A cap without prices, and what is not more than nothing."""
+    with pytest.raises(ConfigurationError):
+        LocalServer(**settings)
