@@ -204,7 +204,10 @@ class API:
     # Statistics.
 
     def _get_task_stats(self, request: Request) -> Response:
-        return json_response(self._counters(self._store.totals(), len(self._processing())))
+        totals = self._store.totals()
+        counters = self._counters(totals, len(self._processing()))
+        tokens = {name: counters[name] + totals[f"cached_{name}"] for name in counters if name.endswith("_tokens")}
+        return json_response({**counters, **tokens})
 
     def _get_stats(self, request: Request, batch_id: str) -> Response:
         asked = _parameters(request, "time_range", "interval")

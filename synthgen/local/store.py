@@ -275,12 +275,9 @@ class Store:
         return self._read("SELECT * FROM batches ORDER BY number DESC")
 
     def totals(self) -> sqlite3.Row:
-        """The counters of all batches, added up, with the tokens of the cached tasks; each 0 where there is none."""
-        tokens = ("prompt_tokens", "completion_tokens", "total_tokens")
-        sums = {name: name for name in ("total", "completed", "failed", "cached")}
-        sums.update((name, f"{name} + cached_{name}") for name in tokens)
-        columns = ", ".join(f"COALESCE(SUM({value}), 0) AS {name}" for name, value in sums.items())
-        return self._read(f"SELECT {columns} FROM batches")[0]
+        """The counters of all batches, added up; each 0 where there is none."""
+        sums = ", ".join(f"COALESCE(SUM({name}), 0) AS {name}" for name in ["total", *_COUNTERS])
+        return self._read(f"SELECT {sums} FROM batches")[0]
 
     def task(self, message_id: str) -> Optional[sqlite3.Row]:
         """The row of a task, with its ``batch_id``."""

@@ -421,14 +421,17 @@ def test_a_call_without_a_limit_is_taken_for_the_largest_seen(serve, model, task
     assert len(model.requests) == 2
 
 
-def test_what_the_cache_answers_costs_nothing(serve, model, task):
-    """With no money left, identical tasks still complete."""
-    api = serve(max_cost=1.0, output_cost=1000.0)
+def test_what_the_cache_answers_costs_nothing(serve, model, task, tmp_path):
+    """With no money left, identical tasks still complete; after a restart they count for nothing, either."""
+    settings = {"database": tmp_path / "tasks.db", "max_cost": 1.0, "output_cost": 1000.0}
+    api = serve(**settings)
     priced(model, 1000)
     api.run(limited(task, "same"))
     (again,) = api.run(limited(task, "same"))
+    api.close()
 
     assert again["cached"]
+    assert serve(**settings).get("/health")["budget"]["spent"] == 1.0
 
 
 def test_a_higher_cap_goes_on_where_the_lower_one_stopped(serve, model, task, tmp_path):
