@@ -6,8 +6,8 @@ import json
 import re
 import sqlite3
 from collections import defaultdict
-from itertools import islice
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from itertools import chain, islice
+from typing import Any, Callable, DefaultDict, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,8 +21,6 @@ from .worker import Workers
 __all__ = ["API"]
 
 _OPEN_PATHS = ("/", "/health")
-_TASKS_PER_LINE = 100
-_LINE_CHARACTERS = 1 << 20
 #: No page goes beyond the task of this number, as in the framework.
 _MAX_PAGED_TASKS = 10_000
 
@@ -114,7 +112,7 @@ class API:
 
     def _health(self, request: Request) -> Response:
         unstored = self._workers.unstored()
-        counters = self._counters(self._store.totals(), len(self._processing()))
+        counters = self._counters(self._store.totals(), len(self._workers.processing()))
         health = {
             "status": "unhealthy" if unstored else "healthy",
             "services": {
@@ -154,15 +152,13 @@ class API:
         return json_response({"batch_id": stored.batch_id, "total_tasks": stored.tasks})
 
     def _get_batches(self, request: Request) -> Response:
-        processing: Dict[int, Dict[int, int]] = defaultdict(dict)
-        for task, since in self._processing().items():
-            processing[batch_number(task)][task] = since
+        processing = self._processing()
         batches = [self._batch(row, processing[row["number"]]) for row in self._store.batches()]
         return json_response({"total": len(batches), "batches": batches})
 
     def _get_batch(self, request: Request, batch_id: str) -> Response:
         row = self._store.batch(batch_id)
-        return json_response(self._batch(row, self._processing(row["number"])) if row else None)
+        return json_response(self._batch(row, self._processing()[row["number"]]) if row else None)
 
     def _delete_batch(self, request: Request, batch_id: str) -> Response:
         task_ids = self._store.delete_batch(batch_id).result()
@@ -173,26 +169,22 @@ class API:
     # Tasks.
 
     def _export(self, request: Request, batch_id: str) -> Response:
-        status = _parameters(request, "task_status").task_status
-        row = self._store.batch(batch_id)
-        total = self._total(row, status)
-        tasks = self._tasks(row, status)
-        return Response(200, _export_lines(tasks, total), "application/x-ndjson")
+        total, pages = self._tasks(batch_id, _parameters(request, "task_status").task_status)
+        pages = chain([next(pages, [])], pages)  # at least one line
+        return Response(200, (_listing(page, total=total) + b"\n" for page in pages), "application/x-ndjson")
 
     def _get_page(self, request: Request, batch_id: str) -> Response:
         asked = _parameters(request, "task_status", "page", "page_size")
-        status, page, size = asked.task_status or "COMPLETED", asked.page, asked.page_size
-        row = self._store.batch(batch_id)
-        first = min((page - 1) * size, _MAX_PAGED_TASKS)
-        tasks = islice(self._tasks(row, status), first, min(first + size, _MAX_PAGED_TASKS))
-        head = json.dumps({"total": self._total(row, status), "page": page, "page_size": size})
-        return Response(200, f'{head[:-1]}, "tasks": [{", ".join(tasks)}]}}'.encode("ascii"))
+        total, pages = self._tasks(batch_id, asked.task_status or "COMPLETED")
+        end = min(asked.page * asked.page_size, _MAX_PAGED_TASKS)
+        tasks = islice(chain.from_iterable(pages), min(end, (asked.page - 1) * asked.page_size), end)
+        return Response(200, _listing(tasks, total=total, page=asked.page, page_size=asked.page_size))
 
     def _get_task(self, request: Request, message_id: str) -> Response:
         row = self._store.task(message_id)
         if row is None:
             return json_response(None)
-        return Response(200, self._task(row, row["batch_id"], self._processing(), "null").encode("ascii"))
+        return Response(200, self._task(row, self._workers.processing(), "null").encode("ascii"))
 
     def _delete_task(self, request: Request, message_id: str) -> Response:
         task_id = self._store.delete_task(message_id).result()
@@ -205,7 +197,7 @@ class API:
 
     def _get_task_stats(self, request: Request) -> Response:
         totals = self._store.totals()
-        counters = self._counters(totals, len(self._processing()))
+        counters = self._counters(totals, len(self._workers.processing()))
         tokens = {name: counters[name] + totals[f"cached_{name}"] for name in counters if name.endswith("_tokens")}
         return json_response({**counters, **tokens})
 
@@ -217,7 +209,7 @@ class API:
             raise HTTPError(400, f"Invalid time_range parameter: {exc}") from None
         row = self._store.batch(batch_id)
         minutes = [dict(minute) for minute in self._store.usage_by_minute(row["number"], since)] if row else []
-        processing = self._processing(row["number"]) if row else {}
+        processing = self._processing()[row["number"]] if row else {}
         minutes += [{"minute": started // MINUTE, "processing": 1, "total": 1} for started in processing.values()]
         statistics = {
             "time_range": asked.time_range,
@@ -230,10 +222,12 @@ class API:
 
     # From rows to what the API calls them.
 
-    def _processing(self, batch: Optional[int] = None) -> Dict[int, int]:
-        """Since when each task of a batch, or of all, is being worked on."""
-        processing = self._workers.processing()
-        return {task: since for task, since in processing.items() if batch is None or batch_number(task) == batch}
+    def _processing(self) -> DefaultDict[int, Dict[int, int]]:
+        """By the number of its batch, since when each task is being worked on."""
+        processing: DefaultDict[int, Dict[int, int]] = defaultdict(dict)
+        for task, since in self._workers.processing().items():
+            processing[batch_number(task)][task] = since
+        return processing
 
     def _counters(self, row: sqlite3.Row, processing: int) -> Dict[str, int]:
         """The counters of a batch, or of all; they add up, though the tasks that run are counted a moment later."""
@@ -255,9 +249,10 @@ class API:
         counters = self._counters(row, len(processing))
         started = row["started_at"] or min(processing.values(), default=None)
         completed = row["completed_at"]
+        status = next((name for name in ("processing", "pending", "failed") if counters[f"{name}_tasks"]), "completed")
         return {
             "batch_id": row["batch_id"],
-            "batch_status": _batch_status(counters),
+            "batch_status": status.upper(),
             **counters,
             "created_at": format_time(row["created_at"]),
             "started_at": format_time(started),
@@ -265,38 +260,34 @@ class API:
             "duration": (completed - row["created_at"]) // 1_000_000 if completed else None,
         }
 
-    def _total(self, row: Optional[sqlite3.Row], status: Optional[str]) -> int:
-        """How many tasks of a batch have a status, or any."""
+    def _tasks(self, batch_id: str, status: Optional[str]) -> Tuple[int, Iterator[List[str]]]:
+        """How many tasks of a batch have a status, or any, and these as JSON, a few at a time."""
+        row = self._store.batch(batch_id)
         if row is None:
-            return 0
-        counters = self._counters(row, len(self._processing(row["number"])))
+            return 0, iter(())
+        processing = self._processing()[row["number"]]
+        counters = self._counters(row, len(processing))
+        total = counters[f"{status.lower() if status else 'total'}_tasks"]
         if status == "COMPLETED":
-            return counters["completed_tasks"] + counters["cached_tasks"]
-        return counters[f"{status.lower() if status else 'total'}_tasks"]
+            total += counters["cached_tasks"]
+        pages = self._store.pages(row["number"], "PENDING" if status == "PROCESSING" else status)
+        if status in ("PENDING", "PROCESSING"):
+            is_running = status == "PROCESSING"
+            pages = ([task for task in page if (task["id"] in processing) == is_running] for page in pages)
+        return total, ([self._task(task, processing, "{}") for task in page] for page in pages if page)
 
-    def _tasks(self, row: Optional[sqlite3.Row], status: Optional[str]) -> Iterator[str]:
-        """The tasks of a batch that have a status, or any, as JSON."""
-        if row is None:
-            return
-        processing = self._processing(row["number"])
-        stored_status = "PENDING" if status == "PROCESSING" else status
-        for task in self._store.tasks(row["number"], stored_status):
-            if status not in ("PENDING", "PROCESSING") or (task["id"] in processing) == (status == "PROCESSING"):
-                yield self._task(task, row["batch_id"], processing, "{}")
-
-    def _task(self, row: sqlite3.Row, batch_id: str, processing: Dict[int, int], no_completions: str) -> str:
+    def _task(self, row: sqlite3.Row, processing: Dict[int, int], no_completions: str) -> str:
         """A task as JSON; what is stored as JSON is put in as it is."""
         is_pending = row["status"] == "PENDING"
         running_since = processing.get(row["id"]) if is_pending else None
-        started_at = running_since or row["started_at"]
         task = {
             "message_id": self._store.message_id(row["id"]),
-            "batch_id": batch_id,
+            "batch_id": row["batch_id"],
             "custom_id": row["custom_id"],
             "status": "PROCESSING" if running_since else row["status"],
             "cached": bool(row["cached"]),
             "created_at": format_time(row["created_at"]),
-            "started_at": format_time(started_at),
+            "started_at": format_time(running_since or row["started_at"]),
             "completed_at": format_time(running_since or row["completed_at"]),
             "duration": 0 if running_since else row["duration"],
             "dataset": row["dataset"],
@@ -310,29 +301,9 @@ class API:
         )
 
 
-def _export_lines(tasks: Iterator[str], total: int) -> Iterator[bytes]:
-    """Lines of so many tasks, or of fewer large ones; at least one line."""
-    line: List[str] = []
-    size = lines = 0
-    for task in tasks:
-        line.append(task)
-        size += len(task)
-        if len(line) == _TASKS_PER_LINE or size >= _LINE_CHARACTERS:
-            yield _export_line(line, total)
-            line, size, lines = [], 0, lines + 1
-    if line or not lines:
-        yield _export_line(line, total)
-
-
-def _export_line(tasks: List[str], total: int) -> bytes:
-    return f'{{"tasks": [{", ".join(tasks)}], "total": {total}}}\n'.encode("ascii")
-
-
-def _batch_status(counters: Dict[str, int]) -> str:
-    for name, status in (("processing", "PROCESSING"), ("pending", "PENDING"), ("failed", "FAILED")):
-        if counters[f"{name}_tasks"]:
-            return status
-    return "COMPLETED"
+def _listing(tasks: Iterable[str], **numbers: int) -> bytes:
+    """Tasks that are JSON already, and numbers, as one object."""
+    return f'{{"tasks": [{", ".join(tasks)}], {json.dumps(numbers)[1:]}'.encode("ascii")
 
 
 def _parameters(request: Request, *names: str) -> _Parameters:

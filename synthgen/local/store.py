@@ -287,19 +287,23 @@ class Store:
         query = "SELECT tasks.*, batch_id FROM tasks, batches WHERE id = ? AND number = ?"
         return self._read_one(query, task_id, batch_number(task_id))
 
-    def tasks(self, batch: int, status: Optional[str] = None) -> Iterator[sqlite3.Row]:
-        """The rows of a batch's tasks, newest first, read a page at a time; no transaction is open in between."""
+    def pages(self, batch: int, status: Optional[str] = None) -> Iterator[List[sqlite3.Row]]:
+        """The rows of a batch's tasks, each with its ``batch_id``, newest first, a few at a time.
+
+        A page has 100 rows, or fewer long ones; no transaction is open in between.
+        """
         first, end = _task_ids(batch)
         query = """
-            SELECT * FROM tasks WHERE id >= ? AND id < ? AND status = COALESCE(?, status) ORDER BY id DESC LIMIT ?
+            SELECT tasks.*, batch_id FROM tasks, batches WHERE number = ? AND id >= ? AND id < ?
+            AND status = COALESCE(?, status) ORDER BY id DESC LIMIT ?
         """
         while True:
             with self._database.reading() as connection:
-                rows = connection.execute(query, (first, end, status, _PAGE))
+                rows = connection.execute(query, (batch, first, end, status, _PAGE))
                 page = _first_characters(rows, _PAGE_CHARACTERS)
             if not page:
                 return
-            yield from page
+            yield page
             end = page[-1]["id"]
 
     def usage_by_minute(self, batch: int, since: int) -> List[sqlite3.Row]:
