@@ -173,7 +173,9 @@ class Database:
 
     def _write_group(self, group: List[_Write]) -> None:
         try:
-            values = self._transaction([write.operation for write in group])
+            with self._connection:  # commits, or rolls back
+                self._connection.execute("BEGIN IMMEDIATE")
+                values = [write.operation(self._connection) for write in group]
         except Exception as exc:  # to whoever asked for it
             if len(group) == 1:
                 group[0].done.set_exception(exc)
@@ -184,17 +186,6 @@ class Database:
         self._wipe_if_wanted()
         for write, value in zip(group, values):
             write.done.set_result(value)
-
-    def _transaction(self, operations: List[Operation]) -> List[Any]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            values = [operation(self._connection) for operation in operations]
-            self._connection.execute("COMMIT")
-        except BaseException:
-            if self._connection.in_transaction:  # a full disk has rolled back already
-                self._connection.execute("ROLLBACK")
-            raise
-        return values
 
     def _wipe_if_wanted(self) -> None:
         """Empty the -wal file, where deleted data stays although secure_delete has cleared it in the database."""
