@@ -95,10 +95,6 @@ class _Unfinished(ConnectionError):
     """The client went away, or was too slow, in the middle of a request."""
 
 
-class _HeadTooLarge(HTTPException):
-    """What http.server answers with 431."""
-
-
 class _Incoming(io.RawIOBase):
     """What a client sends, under one deadline for all reads together."""
 
@@ -117,7 +113,7 @@ class _Incoming(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         if self._allowed <= 0:
-            raise _HeadTooLarge(f"the headers are larger than {_MAX_HEAD_BYTES} bytes")
+            raise HTTPException(f"the headers are larger than {_MAX_HEAD_BYTES} bytes")  # http.server makes it a 431
         self._connection.settimeout(max(self._deadline - time.monotonic(), 0.001))
         received = self._connection.recv_into(buffer)
         self._allowed -= received
