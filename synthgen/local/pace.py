@@ -4,14 +4,16 @@ An account is a provider's scheme, host and port, with a key: what providers cou
 what becomes of each call, under the workers' lock. Times are in seconds, by ``time.monotonic()``.
 """
 
+import json
 import math
 import time
 from collections import OrderedDict, deque
 from typing import Any, Deque, Dict, List, NamedTuple, Optional
 
+from .._estimates import output_limit, prompt_characters, to_tokens
 from .provider import CallPolicy, Kind, Outcome, Told
 
-__all__ = ["Account", "Budget", "Call", "Limits", "Turns"]
+__all__ = ["Account", "Budget", "Call", "Estimate", "Limits"]
 
 #: So many calls in a row with no answer: the provider is away. So many denied: there is no account.
 _AWAY_AFTER = _DENIED_AFTER = 5
@@ -44,17 +46,23 @@ class Limits(NamedTuple):
         return (prompt_tokens * self.input_cost + completion_tokens * self.output_cost) / 1e6
 
 
-class Call:
-    """A call that is running."""
+class Estimate(NamedTuple):
+    """What a call may take."""
 
-    def __init__(self, started_at: float) -> None:
-        self.started_at = started_at
-        #: What it takes of the account's tokens, corrected when it ends; and of the budget.
-        self.tokens: List[float] = []
-        self.cost = 0.0
+    prompt_tokens: int = 0
+    #: The most tokens that its body allows to answer with; None where it does not say.
+    output_limit: Optional[int] = None
 
 
-class Turns:
+class Call(NamedTuple):
+    """A call that is running: since when, what it takes of the account's tokens, and of the budget."""
+
+    started_at: float
+    tokens: List[float]
+    cost: float
+
+
+class _Turns:
     """What waits, by batch; batches take turns."""
 
     def __init__(self) -> None:
@@ -132,8 +140,9 @@ class Account:
         self.verdict: Optional[str] = None
         self.is_away = False
         self.rounds = 0
-        self.waiting = Turns()
+        self.waiting = _Turns()
         self._policy = policy
+        self._is_counted = limits.tpm is not None or limits.max_cost is not None
         self._requests = _Window(limits.rpm, policy.window) if limits.rpm else None
         self._tokens = _Window(limits.tpm, policy.window) if limits.tpm else None
         self._running = 0
@@ -149,18 +158,21 @@ class Account:
         self._patience = _FIRST_PATIENCE
         #: Since the last refusal: what was answered, how much of it before the rate was set, and what was sent.
         self._answered = self._answered_before_rate = self._sent = 0
+        self._measured = 0
         self._counted_from = self._ended_at = -math.inf
         #: What calls that started before this say is known already.
         self._refused_at = self._failed_at = -math.inf
         self._has_answered = False
         self._failed = self._refused = self._denied = 0
 
-    @property
-    def counts_tokens(self) -> bool:
-        """Whether `delay` and `start` need to know a call's tokens."""
-        return self._tokens is not None
+    def estimate(self, body: str) -> Estimate:
+        """What a call may take, as far as anybody wants to know."""
+        if not self._is_counted:
+            return Estimate()
+        content = json.loads(body)
+        return Estimate(to_tokens(prompt_characters(content)), output_limit(content))
 
-    def delay(self, tokens: float, now: float) -> float:
+    def delay(self, estimate: Estimate, now: float) -> float:
         """How long until a call may start; infinite while that depends on one that is running."""
         if self.verdict is not None:
             return 0.0
@@ -170,20 +182,19 @@ class Account:
         if self._requests:
             delay = max(delay, self._requests.delay(1, now))
         if self._tokens:
-            delay = max(delay, self._tokens.delay(tokens or self._mean_tokens, now))
+            delay = max(delay, self._tokens.delay(self._tokens_of(estimate), now))
         return max(delay, 0.0)
 
-    def start(self, tokens: float, now: float) -> Call:
+    def start(self, estimate: Estimate, cost: float, now: float) -> Call:
         """A call starts."""
-        call = Call(now)
+        tokens = self._tokens.add(self._tokens_of(estimate), now) if self._tokens else []
+        call = Call(now, tokens, cost)
         if not self._running and now - max(self._ended_at, self._next_at) > self._policy.window:  # it was idle
             self._counted_from, self._answered, self._answered_before_rate, self._sent = now, 0, 0, 0
         self._running += 1
         self._sent += 1
         if self._requests:
             self._requests.add(1, now)
-        if self._tokens:
-            call.tokens = self._tokens.add(tokens or self._mean_tokens, now)
         if self._is_probing:
             self._probe = call
         if self._rate is not None:
@@ -223,6 +234,10 @@ class Account:
             self.verdict = None
             self._failed = self._denied = self.rounds = 0
             self.is_away = self._is_probing = False
+
+    def _tokens_of(self, estimate: Estimate) -> float:
+        prompt, limit = estimate
+        return max(prompt, self._mean_tokens) if limit is None else prompt + limit
 
     def _current_rate(self, rate: float) -> float:
         return rate * (1 + 0.3 * ((self._answered - self._answered_before_rate) / self._patience) ** 2)
@@ -327,16 +342,15 @@ class Budget:
         #: How many calls run.
         self.running = 0
 
-    def estimate(self, prompt_tokens: float, output_limit: Optional[int]) -> float:
-        """What a call may cost."""
-        return self._limits.cost(prompt_tokens, self._largest_output if output_limit is None else output_limit)
-
-    def has_room(self, cost: float) -> bool:
-        return self.cap is None or self.spent + self._reserved + cost <= self.cap * (1 + 1e-9)
-
-    def start(self, cost: float) -> None:
+    def reserve(self, estimate: Estimate) -> Optional[float]:
+        """Put aside what a call may cost: so much, or None if there is no room for it."""
+        prompt, limit = estimate
+        cost = self._limits.cost(prompt, self._largest_output if limit is None else limit)
+        if self.cap is not None and self.spent + self._reserved + cost > self.cap * (1 + 1e-9):
+            return None
         self._reserved += cost
         self.running += 1
+        return cost
 
     def ended(self, cost: float, outcome: Outcome) -> None:
         """A call has ended, for which so much was put aside; one that does not tell its tokens cost that."""

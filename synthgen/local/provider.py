@@ -3,6 +3,7 @@
 import contextlib
 import io
 import ipaddress
+import itertools
 import json
 import random
 import re
@@ -46,10 +47,7 @@ _NO_ACCOUNT = re.compile(
     "insufficient[_ ](quota|balance|credits?|funds)|billing_(hard_limit_reached|not_active)|credit balance is too low",
     re.IGNORECASE,
 )
-_TOLD = (
-    "x-ratelimit-limit-{0} x-ratelimit-remaining-{0} x-ratelimit-reset-{0}",
-    "anthropic-ratelimit-{0}-limit anthropic-ratelimit-{0}-remaining anthropic-ratelimit-{0}-reset",
-)
+_TOLD = ("x-ratelimit-{1}-{0}", "anthropic-ratelimit-{0}-{1}")
 #: A duration as OpenAI writes it, such as 6m0s or 20ms; a bare number is seconds.
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)(?:s|$))?(?:([\d.]+)ms)?")
 _DURATION_UNITS = (86400.0, 3600.0, 60.0, 1.0, 0.001)
@@ -78,14 +76,10 @@ class CallPolicy(NamedTuple):
 class Kind(Enum):
     """What a call says of its account."""
 
-    #: The task has ended, one way or the other.
-    ANSWERED = "answered"
-    #: The task has ended, since there is no such account, or no money on it.
-    DENIED = "denied"
-    #: Too many calls: no fault of the task.
-    REFUSED = "refused"
-    #: No answer, or none that can be one; it may work later.
-    FAILED = "failed"
+    ANSWERED = "the task has ended, one way or the other"
+    DENIED = "there is no such account, or no money on it; the task has ended"
+    REFUSED = "these were too many calls: no fault of the task"
+    FAILED = "no answer, or none that can be one; it may work later"
 
 
 class Told(NamedTuple):
@@ -316,14 +310,14 @@ def _reason(status: int) -> str:
 
 def _told(headers: Mapping[str, str]) -> Iterator[Told]:
     """What the headers of an answer say of limits."""
-    for of in ("requests", "tokens"):
-        for names in _TOLD:
-            values = [headers.get(name, "") for name in names.format(of).split()]
-            if all(values):
-                with contextlib.suppress(ValueError):
-                    told = Told(of, float(values[0]), float(values[1]), _seconds(values[2], headers.get("Date")))
-                    if told.full_in > 0:
-                        yield told
+    if not any("ratelimit" in name.lower() for name in headers):
+        return
+    for of, names in itertools.product(("requests", "tokens"), _TOLD):
+        limit, remaining, reset = (headers.get(names.format(of, what), "") for what in ("limit", "remaining", "reset"))
+        with contextlib.suppress(ValueError):  # there is none, or no number
+            full_in = _seconds(reset, headers.get("Date"))
+            if full_in > 0:
+                yield Told(of, float(limit), float(remaining), full_in)
 
 
 def _seconds(text: str, date: Optional[str]) -> float:

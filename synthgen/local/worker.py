@@ -21,7 +21,6 @@ from typing import Any, Deque, Dict, List, Optional, Set, Tuple
 from typing import Counter as CounterType
 from urllib.parse import urlsplit
 
-from .._estimates import output_limit, prompt_characters, to_tokens
 from .pace import Account, Budget, Call, Limits
 from .provider import CallPolicy, Kind, Outcome, Provider
 from .store import Result, Store, batch_number, now
@@ -45,20 +44,13 @@ class _Task:
         self.id, self.method, self.url, self.api_key, self.body, self.use_cache, self.track_progress = row
         self.key = _cache_key(self.method, self.url, self.body)
         self.account = account
+        self.estimate = account.estimate(self.body)
         self.started_at: Optional[int] = None
         self.call: Optional[Call] = None
         self.tries = 0
         self.result: Optional[Result] = None
         #: Whether identical tasks may have the result.
         self.is_usable = False
-        self._tokens: Optional[Tuple[float, Optional[int]]] = None
-
-    def tokens(self) -> Tuple[float, Optional[int]]:
-        """About how many are in its prompt, and the most that it allows to answer with, if it says."""
-        if self._tokens is None:
-            body = json.loads(self.body)
-            self._tokens = to_tokens(prompt_characters(body)), output_limit(body)
-        return self._tokens
 
 
 class Workers:
@@ -168,32 +160,27 @@ class Workers:
     # The threads.
 
     def _work(self, provider: Provider) -> None:
-        while not self._closing.is_set():
+        task: Optional[_Task] = None
+        outcome: Optional[Outcome] = None
+        while True:
             try:
-                task = self._take()
+                task = self._take(task, outcome)
             except sqlite3.Error as exc:
                 logger.error("can't read what to do next, trying again: %s", exc)
+                task = None
                 self._closing.wait(_AGAIN)
                 continue
             if task is None:
                 break
-            result = task.result or self._call(task, provider)
-            if result is not None:  # else another thread may have the task already
-                task.result = result
-                self._store_result(task)
+            outcome = self._call(task, provider)
         provider.close()
 
-    def _call(self, task: _Task, provider: Provider) -> Optional[Result]:
-        """The result of a task, or None when there is none yet."""
+    def _call(self, task: _Task, provider: Provider) -> Outcome:
         try:
-            outcome = provider.call(task.method, task.url, task.api_key, task.body)
+            return provider.call(task.method, task.url, task.api_key, task.body)
         except Exception as exc:  # what requests lets through for odd URLs; the text may hold the key
             logger.error("a provider can't be called: %s", type(exc).__name__)
-            outcome = Outcome(Kind.ANSWERED, f"Request error: {type(exc).__name__}")
-        if self._closing.is_set():  # broken off by close()
-            return None
-        with self._changed:
-            return self._learn(task, outcome)
+            return Outcome(Kind.ANSWERED, f"Request error: {type(exc).__name__}")
 
     def _store_result(self, task: _Task) -> None:
         assert task.result is not None
@@ -219,9 +206,11 @@ class Workers:
             heapq.heappush(self._waiting, (time.monotonic() + seconds, next(self._serial), task))
             self._changed.notify()
 
-    def _take(self) -> Optional[_Task]:
-        """The next task to call, or whose result to store; None when closing."""
+    def _take(self, called: Optional[_Task], outcome: Optional[Outcome]) -> Optional[_Task]:
+        """The next task to call, after what has become of the last one; None when closing, which breaks calls off."""
         with self._changed:
+            if called is not None and outcome is not None and not self._closing.is_set():
+                self._learn(called, outcome)
             while not self._closing.is_set():
                 moment = time.monotonic()
                 while self._waiting and self._waiting[0][0] <= moment:
@@ -237,51 +226,44 @@ class Workers:
     # Under the lock.
 
     def _next(self, moment: float) -> Optional[_Task]:
-        """A task that may be called now, or has its result."""
+        """A task that may be called now."""
         for account in list(self._held):
             task: Optional[_Task] = account.waiting.first()
             while task is not None and (task.id not in self._out or self._may_go_on(task, moment)):
                 account.waiting.pop()
-                if task.id in self._out and (task.result or self._start(task, moment)):
+                if self._start(task, moment):
                     return task
                 task = account.waiting.first()
             if task is None:
                 self._held.remove(account)
         while self._ready:
             task = self._ready.popleft()
-            if task.id not in self._out:  # deleted
-                continue
-            if not task.result and not self._may_go_on(task, moment):
+            if task.id in self._out and not self._may_go_on(task, moment):
                 self._hold(task)
-            elif task.result or self._start(task, moment):
+            elif self._start(task, moment):
                 return task
         return None
 
     def _may_go_on(self, task: _Task, moment: float) -> bool:
-        account = task.account
-        if account.verdict is not None:
-            task.result = _failure(f"not called: {account.verdict}")
-            return True
-        return account.delay(self._tokens(task), moment) <= 0
+        """Whether a task need not wait for its account: it may be called, or has a result, if only that it is not."""
+        if task.result is None and task.account.verdict is not None:
+            task.result = _failure(f"not called: {task.account.verdict}")
+        return task.result is not None or task.account.delay(task.estimate, moment) <= 0
 
     def _start(self, task: _Task, moment: float) -> bool:
-        """Take a task to be called, if there is money for it."""
-        cost = 0.0 if self._budget.cap is None else self._budget.estimate(*task.tokens())
-        if not self._budget.has_room(cost):
+        """Take a task to be called, if it was not deleted, has no result, and there is money for it."""
+        if task.id not in self._out:
+            return False
+        if task.result is not None:
+            self._store_result(task)
+            return False
+        cost = self._budget.reserve(task.estimate)
+        if cost is None:
             self._unaffordable.append(task)
             return False
-        self._budget.start(cost)
-        task.call = task.account.start(self._tokens(task), moment)
-        task.call.cost = cost
+        task.call = task.account.start(task.estimate, cost, moment)
         task.started_at = task.started_at or now()
         return True
-
-    def _tokens(self, task: _Task) -> float:
-        """What a call takes of a limit of tokens; 0 where there is none, or where it can't be known."""
-        if not task.account.counts_tokens:
-            return 0.0
-        prompt, limit = task.tokens()
-        return 0.0 if limit is None else prompt + limit
 
     def _hold(self, task: _Task) -> None:
         """Let a task wait for its account."""
@@ -293,11 +275,11 @@ class Workers:
         """How long until there may be something to do."""
         waits = [self._waiting[0][0] - moment] if self._waiting else []
         for account in self._held:
-            waits.append(account.delay(self._tokens(account.waiting.first()), moment))
+            waits.append(account.delay(account.waiting.first().estimate, moment))
         shortest = min(waits, default=math.inf)
         return min(shortest, threading.TIMEOUT_MAX) if shortest < math.inf else None
 
-    def _learn(self, task: _Task, outcome: Outcome) -> Optional[Result]:
+    def _learn(self, task: _Task, outcome: Outcome) -> None:
         """What a call has come to: the task's result, or another try."""
         account, call = task.account, task.call
         assert call is not None
@@ -305,27 +287,30 @@ class Workers:
         self._budget.ended(call.cost, outcome)
         self._ready.extend(self._unaffordable)
         self._unaffordable.clear()
-        self._changed.notify()
+        error, is_try = outcome.error, outcome.kind is Kind.FAILED
+        if is_try and (outcome.is_reached or not account.is_away):  # else it is not the task's fault
+            task.tries += 1
+        if is_try and (task.tries > self._policy.retries or account.verdict is not None):
+            error = f"{error} (tried {max(task.tries, account.rounds)} times)"
+            is_try = False
         if outcome.result is not None:
             task.is_usable = outcome.is_usable
-            return outcome.result._replace(duration=outcome.duration)
-        if outcome.kind in (Kind.ANSWERED, Kind.DENIED):
-            return _failure(outcome.error, outcome.duration)
-        if outcome.kind is Kind.FAILED:
-            if outcome.is_reached or not account.is_away:  # else it is not the task's fault
-                task.tries += 1
-            if task.tries > self._policy.retries or account.verdict is not None:
-                tries = max(task.tries, account.rounds)
-                return _failure(f"{outcome.error} (tried {tries} times)", outcome.duration)
+            task.result = outcome.result._replace(duration=outcome.duration)
+            self._store_result(task)
+        elif outcome.kind is Kind.REFUSED:
+            self._hold(task)
+        elif not is_try:
+            task.result = _failure(error, outcome.duration)
+            self._store_result(task)
+        else:
             if task.id in self._out:  # not deleted
                 self._repeating.add(task.id)
-            status, is_answer, _ = outcome.error.partition("): ")  # what the provider said may hold the prompt
+            status, is_answer, _ = error.partition("): ")  # what the provider said may hold the prompt
             self._last_error = f"{account.name}: {status}" + (")" if is_answer else "")
-        if outcome.kind is Kind.REFUSED or account.is_away:
-            self._hold(task)
-        else:
-            self._postpone(task, self._policy.pause(task.tries, outcome.retry_after))
-        return None
+            if account.is_away:
+                self._hold(task)
+            else:
+                self._postpone(task, self._policy.pause(task.tries, outcome.retry_after))
 
     def _is_out_of_money(self) -> bool:
         """Whether nothing runs, or will, before the cap is higher."""

@@ -10,7 +10,7 @@ from servers import DEADLINE, DROP, Answer
 from synthgen import BudgetExceededError, Task
 from synthgen.exceptions import ConfigurationError
 from synthgen.local import LocalServer
-from synthgen.local.pace import Account, Limits
+from synthgen.local.pace import Account, Estimate, Limits
 from synthgen.local.provider import CallPolicy, Kind, Outcome, Told, _seconds
 from synthgen.local.store import Result
 
@@ -127,13 +127,14 @@ def good(tokens=0, *told):
     return Outcome(Kind.ANSWERED, result=Result(True, "{}", 0, 0, 0, tokens), told=told)
 
 
-def delays(paced, count, tokens=0.0, outcome=None):
+def delays(paced, count, tokens=0, outcome=None):
     """When each of so many calls could start, the earlier ones being answered at once."""
     now, times = 1000.0, []
     for _ in range(count):
-        now += paced.delay(tokens, now)
+        estimate = Estimate(tokens, 0)
+        now += paced.delay(estimate, now)
         times.append(round(now - 1000, 3))
-        paced.ended(paced.start(tokens, now), outcome or good(), now)
+        paced.ended(paced.start(estimate, 0.0, now), outcome or good(), now)
     return times
 
 
@@ -166,9 +167,9 @@ def test_calls_that_are_refused_whatever_the_rate_do_not_stop_it():
     """A provider that refuses every tenth call by chance is not called slower and slower."""
     paced, now, calls = account(), 1000.0, 0
     for number in range(2000):
-        now += paced.delay(0, now)
+        now += paced.delay(Estimate(), now)
         outcome = Outcome(Kind.REFUSED, retry_after=1.0) if number % 10 == 9 else good()
-        paced.ended(paced.start(0, now), outcome, now + 0.01)
+        paced.ended(paced.start(Estimate(), 0.0, now), outcome, now + 0.01)
         now += 0.01
         calls += 1
 
