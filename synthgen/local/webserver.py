@@ -212,39 +212,32 @@ class _Connection(BaseHTTPRequestHandler):
                 break
 
     def _send(self, response: Response) -> None:
-        is_stream = not isinstance(response.body, bytes)
-        is_chunked = is_stream and self.request_version == "HTTP/1.1"
-        if self._expects_continue or self._unread > _MAX_BODY_BYTES or (is_stream and not is_chunked):
+        body, headers = response.body, {**response.headers, "Content-Type": response.content_type}
+        is_chunked = False
+        if self._expects_continue or self._unread > _MAX_BODY_BYTES:
             self.close_connection = True
-        headers = {**response.headers, "Content-Type": response.content_type}
-        if is_chunked:
+        if isinstance(body, bytes):
+            if response.status != 204:
+                headers["Content-Length"] = str(len(body))
+        elif self.request_version == "HTTP/1.1":
+            is_chunked = True
             headers["Transfer-Encoding"] = "chunked"
-        elif isinstance(response.body, bytes) and response.status != 204:
-            headers["Content-Length"] = str(len(response.body))
+        else:
+            self.close_connection = True
         if self.close_connection:
             headers["Connection"] = "close"
         lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        start = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
         self.connection.settimeout(_WRITE_SECONDS)
-        if isinstance(response.body, bytes):
-            self.connection.sendall(start + (b"" if self.command == "HEAD" else response.body))
-        else:
-            self._send_stream(start, response.body, is_chunked)
-
-    def _send_stream(self, start: bytes, chunks: Iterable[bytes], is_chunked: bool) -> None:
-        self.connection.sendall(start)
-        try:
-            for chunk in chunks:
-                self.connection.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk) if is_chunked else chunk)
-        except OSError:  # the client's side
-            raise
-        except Exception as exc:  # too late for another status; a stream that breaks off says it
-            _log_failure(exc)
-            self.close_connection = True
-        else:
-            if is_chunked:
-                self.connection.sendall(b"0\r\n\r\n")
+        if isinstance(body, bytes):
+            self.connection.sendall(head + (b"" if self.command == "HEAD" else body))
+            return
+        self.connection.sendall(head)
+        for chunk in body:
+            self.connection.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk) if is_chunked else chunk)
+        if is_chunked:
+            self.connection.sendall(b"0\r\n\r\n")
 
     def _error(self, error: HTTPError) -> Response:
         return json_response(self.server.error_body(error), error.status, error.headers)
@@ -348,6 +341,8 @@ class WebServer:
             _Connection(connection, address, self)  # type: ignore[arg-type]
         except OSError as exc:  # clients come and go
             logger.debug("a connection ended: %s", exc)
+        except Exception as exc:  # in mid-stream, too late for another status; a body that breaks off says it
+            _log_failure(exc)
         finally:
             self._forget(connection)
 

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sqlite3
 import threading
 from contextlib import ExitStack, closing
 
@@ -171,6 +172,22 @@ def test_a_client_that_leaves_in_mid_export_does_no_harm(api, task, capfd):
 
     assert len(api.export(batch_id)) == 300
     assert capfd.readouterr().err == ""
+
+
+def test_a_failure_in_mid_export_breaks_it_off(serve, task, tmp_path, caplog):
+    """The status is sent by then: a body without its end is how the client gets to know."""
+    api = serve(database=tmp_path / "tasks.db")
+    batch_id = api.submit(*[task(source={"x": "y" * 8_000_000}) for _ in range(3)])
+    api.wait(batch_id)
+    with closing(connect(api)) as connection:
+        connection.sendall(request(api, f"GET /api/v1/batches/{batch_id}/tasks/export HTTP/1.1"))
+        assert status(connection.recv(100)) == 200
+        with closing(sqlite3.connect(str(tmp_path / "tasks.db"))) as database:
+            database.execute("ALTER TABLE tasks RENAME TO gone")
+        received = b"".join(iter(lambda: connection.recv(1 << 20), b""))
+
+    assert b'{"tasks"' in received and not received.endswith(b"0\r\n\r\n")
+    assert "OperationalError while answering a request" in caplog.text
 
 
 def test_idle_connections_give_way_to_new_ones(api, monkeypatch):
