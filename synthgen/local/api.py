@@ -51,49 +51,44 @@ class API:
         self._workers = workers
         self._api_key = api_key.encode("latin-1")
         batch, task = "/api/v1/batches/([^/]+)", "/api/v1/tasks/([^/]+)"
-        routes: List[Tuple[str, str, Callable[..., Response]]] = [
-            ("GET", "/", self._root),
-            ("GET", "/health", self._health),
-            ("GET", "/token", self._token),
-            ("POST", "/api/v1/batches", self._post_batch),
-            ("GET", "/api/v1/batches", self._get_batches),
-            ("GET", batch, self._get_batch),
-            ("DELETE", batch, self._delete_batch),
-            ("GET", batch + "/tasks", self._get_page),
-            ("GET", batch + "/tasks/export", self._export),
-            ("GET", batch + "/stats", self._get_stats),
-            ("GET", "/api/v1/tasks/stats", self._get_task_stats),
-            ("GET", task, self._get_task),
-            ("DELETE", task, self._delete_task),
-        ]
-        self._routes = [(method, re.compile(path, re.DOTALL), answer) for method, path, answer in routes]
+        routes: Dict[str, Dict[str, Callable[..., Response]]] = {
+            "/": {"GET": self._root},
+            "/health": {"GET": self._health},
+            "/token": {"GET": self._token},
+            "/api/v1/batches": {"POST": self._post_batch, "GET": self._get_batches},
+            batch: {"GET": self._get_batch, "DELETE": self._delete_batch},
+            batch + "/tasks": {"GET": self._get_page},
+            batch + "/tasks/export": {"GET": self._export},
+            batch + "/stats": {"GET": self._get_stats},
+            "/api/v1/tasks/stats": {"GET": self._get_task_stats},
+            task: {"GET": self._get_task, "DELETE": self._delete_task},
+        }
+        self._routes = [(re.compile(path, re.DOTALL), answers) for path, answers in routes.items()]
 
     def __call__(self, request: Request) -> Response:
         """The answer to a request."""
-        found = self._find(request.path)
-        if request.method in found:
-            answer, arguments = found[request.method]
+        answers, arguments = self._find(request.path)
+        if request.method in answers:
             if request.path not in _OPEN_PATHS:
                 self._authenticate(request)
             try:
-                return answer(request, *arguments)
+                return answers[request.method](request, *arguments)
             except sqlite3.OperationalError as exc:
                 raise HTTPError(507 if "full" in str(exc) else 500, f"the database can't be used: {exc}") from exc
-        if found:
-            raise HTTPError(405, "Method Not Allowed", {"Allow": ", ".join(found)})
-        if request.path.endswith("/") and self._find(request.path[:-1]):
-            path, mark, query = request.target.partition("?")
+        if answers:
+            raise HTTPError(405, "Method Not Allowed", {"Allow": ", ".join(answers)})
+        path, mark, query = request.target.partition("?")
+        if path.endswith("/") and self._find(request.path[:-1])[0]:
             return Response(307, headers={"Location": path[:-1] + mark + query})
         raise HTTPError(404, "Not Found")
 
-    def _find(self, path: str) -> Dict[str, Tuple[Callable[..., Response], Tuple[str, ...]]]:
-        """What can be done at a path: by method, the function and its arguments."""
-        found: Dict[str, Tuple[Callable[..., Response], Tuple[str, ...]]] = {}
-        for method, pattern, answer in self._routes:
+    def _find(self, path: str) -> Tuple[Dict[str, Callable[..., Response]], Tuple[str, ...]]:
+        """What answers to each method at a path, and what the path tells it."""
+        for pattern, answers in self._routes:
             match = pattern.fullmatch(path)
             if match:
-                found.setdefault(method, (answer, match.groups()))
-        return found
+                return answers, match.groups()
+        return {}, ()
 
     def _authenticate(self, request: Request) -> None:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
