@@ -94,8 +94,7 @@ class API:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
         if not scheme:
             raise HTTPError(401, "Not authenticated", {"WWW-Authenticate": "Bearer"})
-        is_right = hmac.compare_digest(key.strip().encode("latin-1"), self._api_key)
-        if scheme.lower() != "bearer" or not is_right:
+        if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self._api_key):
             raise HTTPError(401, "Invalid authentication credentials", {"WWW-Authenticate": "Bearer"})
 
     # The server.

@@ -15,7 +15,7 @@ from collections import Counter
 from concurrent.futures import Future
 from contextlib import closing
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from .database import Database
 
@@ -298,9 +298,15 @@ class Store:
             AND status = COALESCE(?, status) ORDER BY id DESC LIMIT ?
         """
         while True:
-            with self._database.reading() as connection:
-                rows = connection.execute(query, (batch, first, end, status, _PAGE))
-                page = _first_characters(rows, _PAGE_CHARACTERS)
+            page, size = [], 0
+            with self._database.reading() as connection, closing(
+                connection.execute(query, (batch, first, end, status, _PAGE))
+            ) as rows:
+                for row in rows:
+                    page.append(row)
+                    size += len(row["body"]) + len(row["completions"])
+                    if size >= _PAGE_CHARACTERS:
+                        break
             if not page:
                 return
             yield page
@@ -353,15 +359,14 @@ class Store:
 
     def message_id(self, task_id: int) -> str:
         """The public id of a task: the database's own prefix and the row id, in the form of a UUID."""
-        text = f"{self._id_prefix}{task_id:016x}"
-        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+        return str(UUID(f"{self._id_prefix}{task_id:016x}"))
 
     def _task_id(self, message_id: str) -> Optional[int]:
         try:
-            task_id = int(message_id.replace("-", "")[16:], 16)
+            task_id = UUID(message_id).int & ((1 << 63) - 1)
         except ValueError:
             return None
-        return task_id if self.message_id(task_id) == message_id and task_id < 1 << 63 else None
+        return task_id if self.message_id(task_id) == message_id else None
 
 
 def _insert_tasks(connection: sqlite3.Connection, batch_id: str, rows: Sequence[Tuple[Any, ...]]) -> int:
@@ -389,15 +394,3 @@ def _insert_tasks(connection: sqlite3.Connection, batch_id: str, rows: Sequence[
         (len(rows), len(rows), batch),
     )
     return first
-
-
-def _first_characters(rows: sqlite3.Cursor, enough: int) -> List[sqlite3.Row]:
-    """The first rows of an answer: all, or as many as have so much text together."""
-    page, size = [], 0
-    with closing(rows):
-        for row in rows:
-            page.append(row)
-            size += len(row["body"]) + len(row["completions"])
-            if size >= enough:
-                break
-    return page

@@ -64,7 +64,7 @@ def time_series(minutes: Iterable[Mapping[str, int]], interval: str) -> List[Dic
             "total_tokens": sums["total_tokens"],
             "prompt_tokens": sums["prompt_tokens"],
             "completion_tokens": sums["completion_tokens"],
-            "avg_duration_ms": _ratio(sums["duration"], sums["total"], 0),
+            "avg_duration_ms": _ratio(sums["duration"], sums["total"]),
             "tokens_per_second": _ratio(1000 * sums["completion_tokens"], sums["duration"], 2),
         }
         for start, sums in sorted(buckets.items())
@@ -85,7 +85,7 @@ def summary(minutes: Iterable[Mapping[str, int]]) -> Dict[str, Any]:
         "total_tokens": sums["total_tokens"],
         "total_prompt_tokens": sums["prompt_tokens"],
         "total_completion_tokens": sums["completion_tokens"],
-        "average_response_time": _ratio(sums["duration"], sums["total"], 0),
+        "average_response_time": _ratio(sums["duration"], sums["total"]),
         "tokens_per_second": _ratio(1000 * sums["completion_tokens"], sums["completed_duration"], 2),
         "cache_hit_rate": _ratio(100 * sums["cached"], sums["total"], 2),
     }
@@ -106,6 +106,5 @@ def _start(moment: datetime, interval: str) -> datetime:
     return starts[_UNABBREVIATED.get(interval, interval)]
 
 
-def _ratio(part: int, whole: int, digits: int) -> float:
-    ratio = round(part / whole, digits) if whole else 0.0
-    return ratio if digits else int(ratio)
+def _ratio(part: int, whole: int, digits: Optional[int] = None) -> float:
+    return round(part / whole if whole else 0.0, digits)
