@@ -164,12 +164,14 @@ class Database:
         group: List[_Write] = []
         try:
             write = self._writes.get(timeout=None if self._wiped.is_set() else _WIPE_RETRY)
-            while write is not None and len(group) < _MAX_GROUP:
+            while write is not None:
                 group.append(write)
+                if len(group) == _MAX_GROUP:
+                    return group, True
                 write = self._writes.get_nowait()
         except queue.Empty:
             return group, True
-        return group, write is not None
+        return group, False
 
     def _write_group(self, group: List[_Write]) -> None:
         try:

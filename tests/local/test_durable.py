@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent import futures
 from contextlib import closing
 
 import pytest
@@ -20,6 +21,7 @@ from servers import DEADLINE, Answer
 
 from synthgen.exceptions import ConfigurationError
 from synthgen.local import LocalServer
+from synthgen.local.database import Database
 from synthgen.local.store import Result, Store, Upload
 
 pytestmark = pytest.mark.slow
@@ -334,6 +336,21 @@ def test_a_missing_folder_is_refused(serve, database):
     """The error names the file."""
     with pytest.raises(ConfigurationError, match="tasks.db: No such file or directory"):
         serve(database=database.parent / "missing" / "tasks.db")
+
+
+def test_whatever_waits_to_be_written_is_written():
+    """However much it is: more waits here than goes into one transaction."""
+    hold, count = threading.Event(), 2500
+    database = Database(":memory:", "CREATE TABLE t (a);", application_id=1, version=1)
+    database.write(lambda connection: hold.wait(DEADLINE))
+    writes = [database.write(lambda connection: connection.execute("INSERT INTO t VALUES (1)")) for _ in range(count)]
+    hold.set()
+    done, _ = futures.wait(writes, timeout=DEADLINE)
+    with database.reading() as connection:
+        written = connection.execute("SELECT COUNT(*) FROM t").fetchone()[0]
+    database.close()
+
+    assert (len(done), written) == (count, count)
 
 
 def set_pragma(api, text):
