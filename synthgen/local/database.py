@@ -20,7 +20,7 @@ from ..exceptions import ConfigurationError
 
 __all__ = ["Database", "Operation"]
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MAX_GROUP = 1000
 #: While a reader keeps deleted data from being wiped off the disk, seconds until the next try.

@@ -46,7 +46,7 @@ class DemoProvider:
 
     def __init__(self, port: int = 0) -> None:
         self._server = WebServer("127.0.0.1", port, _respond, _error_body)
-        self.url = self._server.url + _PATH
+        self.url: str = self._server.url + _PATH
 
     def __enter__(self) -> "DemoProvider":
         return self

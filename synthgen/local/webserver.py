@@ -16,14 +16,14 @@ from email.message import Message
 from http import HTTPStatus
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler
-from typing import Any, Callable, Iterable, List, Mapping, NamedTuple, Optional, Set, Union
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Union
 from urllib.parse import parse_qsl, unquote
 
 from ..exceptions import ConfigurationError
 
 __all__ = ["HTTPError", "Request", "Response", "WebServer", "json_response"]
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS = 200
 #: Seconds after which a connection without a request is closed: if others wait to be accepted, and in any case.
@@ -59,7 +59,7 @@ class HTTPError(Exception):
         super().__init__(status, detail)
         self.status = status
         self.detail = detail
-        self.headers = headers or {}
+        self.headers: Mapping[str, str] = headers or {}
 
 
 def json_response(value: Any, status: int = 200, headers: Optional[Mapping[str, str]] = None) -> Response:
@@ -76,16 +76,17 @@ class Request:
         path: Percent-decoded.
         query: The last value of each parameter.
         headers: Names in any case.
+        body: Reads it, whole.
     """
 
-    def __init__(self, connection: "_Connection") -> None:
-        path, _, query = connection.path.partition("?")
-        self.method = connection.command
-        self.target = connection.path
-        self.path = unquote(path)
-        self.query = dict(parse_qsl(query, keep_blank_values=True))
-        self.headers: Message = connection.headers
-        self.body: Callable[[], bytes] = connection.read_body
+    def __init__(self, method: str, target: str, headers: Message, body: Callable[[], bytes]) -> None:
+        path, _, query = target.partition("?")
+        self.method: str = method
+        self.target: str = target
+        self.path: str = unquote(path)
+        self.query: Dict[str, str] = dict(parse_qsl(query, keep_blank_values=True))
+        self.headers: Message = headers
+        self.body: Callable[[], bytes] = body
 
 
 Respond = Callable[[Request], Response]
@@ -159,7 +160,7 @@ class _Connection(BaseHTTPRequestHandler):
     def answer(self) -> None:
         try:
             self._unread = self._content_length()
-            response = self.server.respond(Request(self))
+            response = self.server.respond(Request(self.command, self.path, self.headers, self.read_body))
         except HTTPError as error:
             response = self._error(error)
         except _Unfinished:
@@ -285,7 +286,7 @@ class WebServer:
         host, port = self._listener.getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # all addresses, loopback among them
         self._address = (host, port)
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self.url: str = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._is_open = True
         self._connections: Set[socket.socket] = set()
         self._changed = threading.Condition()
