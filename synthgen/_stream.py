@@ -4,133 +4,153 @@ An export is lines of ``{"tasks": [...], "total": N}``, and one line may hold 10
 waits for the end of a line: memory stays at one read, or at the largest single task.
 """
 
-import codecs
 import json
 import re
-from typing import Any, Iterable, Iterator, List, Tuple
+from typing import Any, Iterable, Iterator, Optional, Tuple
 
-__all__ = ["iter_tasks"]
+import pydantic_core
 
-_raw_decode = json.JSONDecoder().raw_decode
-_GAP = " \t\r\n,"
-_skip_gap = re.compile(f"[{_GAP}]*").match
-#: An error this close to the end may be a literal, number or escape that the end of the text cuts in two.
-_LONGEST_TOKEN = 16
-#: How many characters are decoded together, and how many at the start of a task tell where another one may start.
-_TOGETHER = 64 * 1024
-_START = 16
+__all__ = ["decoded", "iter_tasks"]
+
+#: Takes half of the time, and makes a key that comes often once; the oldest pydantic that we take has none.
+_from_json = getattr(pydantic_core, "from_json", json.loads)
+_skip_gap = re.compile(rb"[ \t\r\n,]*").match
+#: A text or a bracket, which show where they end; or a text that has not ended, a number or a word.
+_tokens = re.compile(rb'("[^"]*"|[\[\]{}])|"[^"]*|[^\s,:"\[\]{}]+').finditer
+#: How many bytes are looked through at first for where a value ends, and at most for what starts like it.
+_FIRST_LOOK, _LOOK_AHEAD = 4 * 1024, 64 * 1024
+_DEEPER = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 
 
-def iter_tasks(chunks: Iterable[bytes], with_text: bool = True) -> Iterator[Tuple[Any, str]]:
+def iter_tasks(chunks: Iterable[bytes], with_source: bool = True) -> Iterator[Tuple[Any, bytes]]:
     """Decode an export.
 
     Args:
         chunks: The body, cut anywhere, inside a character too.
-        with_text: Whether the texts are wanted; without them it is faster.
+        with_source: Whether the bytes are wanted; without them it is faster.
 
     Yields:
-        Each task, and the JSON text that it was decoded from (without a newline), or an empty one.
+        Each task, and the JSON that it was decoded from, or nothing.
 
     Raises:
         EOFError: The bytes end before the JSON does.
         ValueError: They are no export.
     """
-    text = _Text(chunks)
-    while text.peek():
-        text.skip("{")
-        while text.peek() != "}":
-            key, _ = text.value()
-            text.skip(":")
-            if key == "tasks" and text.peek() == "[":
-                text.skip("[")
-                while text.peek() != "]":
-                    task, source = text.value()
-                    yield task, source if with_text else ""
-                    if not with_text:
-                        yield from ((task, "") for task in text.values_like(source))
-                text.skip("]")
+    window = _Window(chunks)
+    while window.peek():
+        window.skip(b"{")
+        while window.peek() != b"}":
+            key = decoded(window.value())
+            window.skip(b":")
+            if key == "tasks" and window.peek() == b"[":
+                window.skip(b"[")
+                while window.peek() != b"]":
+                    source = window.value()
+                    yield decoded(source), source
+                    yield from window.values_like(source, one_by_one=with_source)
+                window.skip(b"]")
             else:
-                text.value()
-        text.skip("}")
+                decoded(window.value())
+        window.skip(b"}")
 
 
-class _Text:
-    """A window over the text that arrives, and a place in it."""
+def decoded(source: bytes) -> Any:
+    """The JSON value; a ValueError for what is none, or is nested too deeply."""
+    try:
+        return _from_json(source)
+    except (ValueError, RecursionError):
+        pass  # json takes more, such as half a surrogate pair
+    try:
+        return json.loads(source.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+class _Window:
+    """What is there of the bytes that arrive, and a place in it."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._chunks = iter(chunks)
-        self._decode = codecs.getincrementaldecoder("utf-8")().decode
-        self._text = ""
-        self._at = 0
-        self._may_guess = True
+        self._data = b""
+        self._at = self._ahead = 0
 
-    def peek(self) -> str:
-        """The next character that is neither space nor comma; empty at the end."""
+    def peek(self) -> bytes:
+        """The next byte that is neither space nor comma; empty at the end."""
         while True:
-            gap = _skip_gap(self._text, self._at)
-            self._at = gap.end() if gap else self._at
-            if self._at < len(self._text):
-                return self._text[self._at]
-            if not self._read(1):
-                return ""
+            self._at += len(self._gap())
+            if self._at < len(self._data) or not self._read(1):
+                return self._data[self._at : self._at + 1]
 
-    def skip(self, char: str) -> None:
-        """Step over a character that has to come next."""
+    def skip(self, byte: bytes) -> None:
+        """Step over a byte that has to come next."""
         found = self.peek()
         if not found:
             raise EOFError("cut short")
-        if found != char:
-            raise ValueError(f"expected {char!r}, found {found!r}")
+        if found != byte:
+            raise ValueError(f"expected {byte!r}, found {found!r}")
         self._at += 1
 
-    def value(self) -> Tuple[Any, str]:
-        """The JSON value that comes next, and its text."""
+    def value(self) -> bytes:
+        """The JSON value that comes next: to where its brackets and quotes end, whatever is between them."""
         self.peek()
+        size = _FIRST_LOOK
         while True:
-            start, available = self._at, len(self._text)
-            try:
-                value, end = _raw_decode(self._text, start)
-                whole = end < available or self._text[end - 1] in '}]"'  # 12 may become 123
-            except json.JSONDecodeError as exc:
-                whole = False
-                if exc.pos < available - _LONGEST_TOKEN and not exc.msg.startswith("Unterminated string"):
-                    raise
-            except RecursionError:
-                raise ValueError("nested too deeply") from None
-            if whole:
-                self._at = end
-                return value, self._text[start:end]
-            # As much again, so that a huge task is scanned a few times and not once per read.
-            if not self._read(available - start):
+            length = _length_of_value(self._data[self._at : self._at + size])
+            if length is not None:
+                self._at += length
+                return self._data[self._at - length : self._at]
+            if self._at + size >= len(self._data) and not self._read(size):
                 raise EOFError("cut short")
+            size *= 2  # so that a huge value is scanned a few times and not once per read
 
-    def values_like(self, source: str) -> List[Any]:
-        """The objects that come next and are here already, up to the last one that starts as this text does.
+    def values_like(self, source: bytes, one_by_one: bool) -> Iterator[Tuple[Any, bytes]]:
+        """The values that come next, and the bytes that each was decoded from, or in which it was with others.
 
-        Decoded together they share their keys, and take three quarters of the time. Where the last one starts is a
-        guess, but a safe one: only when it is right, what is before it is JSON between brackets.
+        They are cut where something starts as this one did. That is a guess, since there may be such a place within
+        a value too, but a safe one: what is before it is JSON between brackets only when it is right.
         """
-        end = self._text.rfind(source[:_START], self._at, self._at + _TOGETHER)
-        if end <= self._at or source[0] != "{" or not self._may_guess:
-            return []
-        try:
-            values: List[Any] = json.loads(f"[{self._text[self._at : end].strip(_GAP)}]")
-        except (ValueError, RecursionError):
-            self._may_guess = False  # of this text: it might be wrong for each value in it
-            return []
-        self._at = end
-        return values
+        gap = self._gap()
+        after = b"}" + gap + source[: source.find(b":")]
+        self._at += len(gap)
+        find = self._data.find if one_by_one else self._data.rfind
+        while True:
+            end = find(after, self._at, self._at + self._ahead) + 1
+            source = self._data[self._at : end]
+            try:
+                values = decoded(b"[%b]" % source) if end else []
+            except ValueError:
+                self._ahead = 0  # in this window, where it might be wrong for each value
+                return
+            if not values or (one_by_one and len(values) > 1):
+                return
+            self._at = end + len(gap)
+            for value in values:
+                yield value, source
+
+    def _gap(self) -> bytes:
+        gap = _skip_gap(self._data, self._at)
+        return gap[0] if gap else b""
 
     def _read(self, at_least: int) -> bool:
-        """Add so many characters, if there are; whether any came."""
-        parts = [self._text[self._at :]]
+        """Add so many bytes, if there are; whether any came."""
+        parts = [self._data[self._at :]]
         added = 0
         for chunk in self._chunks:
-            parts.append(self._decode(chunk))
-            added += len(parts[-1])
+            parts.append(chunk)
+            added += len(chunk)
             if added >= at_least:
                 break
-        self._text = "".join(parts)
+        self._data = b"".join(parts)
         self._at = 0
-        self._may_guess = True
+        self._ahead = _LOOK_AHEAD
         return added > 0
+
+
+def _length_of_value(data: bytes) -> Optional[int]:
+    """Where the value that starts here ends; None if that has not come yet."""
+    depth = 0
+    for token in _tokens(data.replace(rb"\\", b"__").replace(rb"\"", b"__")):  # of as many bytes
+        depth += _DEEPER.get(token[1], 0)
+        if depth <= 0:
+            return token.end() if token[1] or token.end() < len(data) else None
+    return None

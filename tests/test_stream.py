@@ -55,26 +55,27 @@ def same(one, other):
 @given(exports(), st.lists(st.integers(1, 50), min_size=1, max_size=5))
 @settings(max_examples=50)
 def test_any_tasks_cut_into_any_reads_come_out_whole(export, sizes):
-    """The values, in order, and texts that mean the same."""
+    """The values, in order, and the bytes that say so."""
     data, expected = export
 
     received = list(iter_tasks(cut(data, sizes)))
 
     assert same([value for value, _ in received], expected)
-    assert same([json.loads(text) for _, text in received], expected)
-    assert same([value for value, _ in iter_tasks(cut(data, sizes), with_text=False)], expected)
+    assert same([json.loads(source) for _, source in received], expected)
+    assert all(source in data for _, source in received)
+    assert same([value for value, _ in iter_tasks(cut(data, sizes), with_source=False)], expected)
 
 
 @given(exports(), st.data(), st.booleans())
 @settings(max_examples=50)
-def test_an_export_that_ends_anywhere_gives_no_wrong_task(export, data, with_text):
+def test_an_export_that_ends_anywhere_gives_no_wrong_task(export, data, with_source):
     """It is an error, or it gives the first of the tasks: how many there should be is for the counts to say."""
     whole, expected = export
     end = data.draw(st.integers(0, len(whole)))
     received = []
 
     try:
-        for value, _ in iter_tasks(cut(whole[:end], [7]), with_text):
+        for value, _ in iter_tasks(cut(whole[:end], [7]), with_source):
             received.append(value)
     except EOFError:
         pass
@@ -140,7 +141,9 @@ def test_tasks_that_look_like_the_end_of_another_come_out_whole(size):
     others = [inner, 1, 12, 123, inner]
     lines = export_line(tasks) + export_line(others) + export_line(tasks)
 
-    assert [value for value, _ in iter_tasks(cut(lines, [size]), with_text=False)] == [*tasks, *others, *tasks]
+    for with_source in (True, False):
+        received = [value for value, _ in iter_tasks(cut(lines, [size]), with_source)]
+        assert received == [*tasks, *others, *tasks]
 
 
 def test_a_task_is_given_before_the_next_read():
@@ -159,15 +162,15 @@ def test_a_task_is_given_before_the_next_read():
 
 @pytest.fixture
 def scans(monkeypatch):
-    """How many characters each attempt to decode a value had before it."""
+    """How many bytes were looked through each time for the end of a value."""
     lengths = []
-    raw_decode = json.JSONDecoder().raw_decode
+    length_of_value = _stream._length_of_value
 
-    def counting(text, start):
-        lengths.append(len(text) - start)
-        return raw_decode(text, start)
+    def counting(data):
+        lengths.append(len(data))
+        return length_of_value(data)
 
-    monkeypatch.setattr(_stream, "_raw_decode", counting)
+    monkeypatch.setattr(_stream, "_length_of_value", counting)
     return lengths
 
 
@@ -186,9 +189,30 @@ def test_a_huge_task_is_scanned_a_few_times_and_not_once_per_read(scans, huge):
     assert sum(scans) < 4 * len(line)
 
 
-def test_many_tasks_are_scanned_once_or_twice(scans):
-    """Only the one that a read cuts in two is scanned again."""
-    line = export_line(framework_task(number) for number in range(2000))
+@pytest.mark.parametrize("with_source", [True, False])
+@pytest.mark.parametrize("layout", [{}, {"indent": 1}, {"separators": (",", ":")}], ids=["wide", "indented", "dense"])
+def test_many_tasks_are_found_by_how_they_start(scans, layout, with_source):
+    """However a server writes its JSON; only the one that a read cuts in two is looked through."""
+    exported = [framework_task(number) for number in range(2000)]
+    line = json.dumps({"tasks": exported}, **layout).encode("ascii")
 
-    assert len(list(iter_tasks(cut(line, [65536])))) == 2000
-    assert len(scans) <= 2000 + 2 * (len(line) // 65536 + 2)
+    received = list(iter_tasks(cut(line, [65536]), with_source))
+
+    assert [value for value, _ in received] == exported
+    assert len(scans) <= 4 * (len(line) // 65536 + 2)
+
+
+@pytest.mark.parametrize("with_source", [True, False])
+@pytest.mark.parametrize("size", [10, 5000, 1_000_000])
+def test_tasks_that_start_in_many_ways_come_out_whole(size, with_source):
+    """With their keys in any order, and with others like them inside."""
+    exported = []
+    for number in range(300):
+        inner = [{"message_id": "x"}, {"source": '}, {"message_id"'}]
+        keys = [("message_id", str(number)), ("source", inner), ("n", 1)]
+        exported.append(dict(keys[number % 3 :] + keys[: number % 3]))
+
+    received = list(iter_tasks(cut(export_line(exported), [size]), with_source))
+
+    assert [value for value, _ in received] == exported
+    assert not with_source or [json.loads(source) for _, source in received] == exported
