@@ -87,6 +87,16 @@ def test_the_same_body_at_two_urls_with_ids_of_their_own_is_asked_for():
     assert matched(tasks, [framework_task(1), framework_task(0)], look_up) == (["0", "1"], 0)
 
 
+def test_keys_in_another_order_make_no_difference():
+    """A server may sort them; two tasks that differ in nothing else are alike."""
+    forth = Task(url=URL, custom_id="forth", body={"a": 1, "b": {"c": 2, "d": [{"e": 3, "f": 4}]}})
+    back = Task(url=OTHER_URL, custom_id="back", body={"b": {"d": [{"f": 4, "e": 3}], "c": 2}, "a": 1})
+    exported = [local_task(0, forth), local_task(1, back)]
+    exported[1]["body"] = exported[0]["body"]
+
+    assert matched([forth, back], exported[::-1]) == (["0", "1"], 0)
+
+
 def test_integer_keys_come_back_as_text():
     """JSON has no others."""
     biased = Task(url=URL, body={"logit_bias": {9: -100, 10: 1.5}})  # as text, 10 comes first
