@@ -407,7 +407,7 @@ class SynthgenClient:
                 chunk_key = f"{key}-{index}" if index else key
                 self._upload(batch_id, lines, chunk_key)
                 uploaded += len(chunk)
-                chunk = []
+                chunk.clear()  # they are held elsewhere too, and would be until the next chunk is made
                 monitor.upload(batch_id, uploaded, total)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(

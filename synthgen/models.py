@@ -97,7 +97,6 @@ _json = core_schema.definition_reference_schema("json")
 _json_text = core_schema.str_schema(strict=True, min_length=0)  # a length is counted in UTF-8: no lone surrogates
 _json_kinds: List[Any] = [
     _json_text,
-    core_schema.none_schema(),
     core_schema.bool_schema(strict=True),
     core_schema.dict_schema(_json_text, _json, strict=True),
     core_schema.list_schema(_json, strict=True),
@@ -107,7 +106,9 @@ _json_kinds: List[Any] = [
 ]
 #: A copy in plain types of what pydantic-core is sure to write as json would.
 _plain_copy = SchemaValidator(
-    core_schema.definitions_schema(_json, [core_schema.union_schema(_json_kinds, mode="left_to_right", ref="json")])
+    core_schema.definitions_schema(
+        _json, [core_schema.nullable_schema(core_schema.union_schema(_json_kinds, mode="left_to_right"), ref="json")]
+    )
 ).validate_python
 
 
@@ -159,14 +160,21 @@ class Task(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _without_inputs(cls, data: Any, handler: Any) -> Any:
-        return _hiding_inputs(handler, data)
+    def _hide_inputs(cls, data: Any, handler: Any) -> Any:
+        try:
+            return handler(data)
+        except ValidationError as exc:
+            hidden = _without_inputs(exc)
+        raise hidden  # here, so that the first error is not its context
 
     @classmethod
     def model_validate_json(cls, json_data: Union[str, bytes, bytearray], **kwargs: Any) -> "Task":
         """A task from its JSON text; what is not JSON is not shown in the error."""
-        task: Task = _hiding_inputs(super().model_validate_json, json_data, **kwargs)
-        return task
+        try:
+            return super().model_validate_json(json_data, **kwargs)
+        except ValidationError as exc:
+            hidden = _without_inputs(exc)
+        raise hidden
 
     @field_validator("body", "source")
     @classmethod
@@ -207,18 +215,13 @@ class Task(BaseModel):
         return _to_ascii(fields).encode("ascii")
 
 
-def _hiding_inputs(validate: Any, data: Any, **kwargs: Any) -> Any:
-    """Call a validator; its errors keep their places and texts, and lose the inputs, which hold keys."""
-    try:
-        return validate(data, **kwargs)
-    except ValidationError as exc:
-        title, errors = exc.title, exc.errors(include_url=False)
-    # Out of the handler, so that the first error is not this one's context.
+def _without_inputs(error: ValidationError) -> ValidationError:
+    """The same places and texts, without the inputs, which hold keys."""
     details = [
         InitErrorDetails(type=PydanticCustomError(e["type"], "{msg}", {"msg": e["msg"]}), loc=e["loc"], input=None)
-        for e in errors
+        for e in error.errors(include_url=False)
     ]
-    raise ValidationError.from_exception_data(title, details, hide_input=True)
+    return ValidationError.from_exception_data(error.title, details, hide_input=True)
 
 
 def reasons(error: ValidationError) -> str:
