@@ -20,9 +20,10 @@ from pydantic import BaseModel
 
 from . import __version__
 from ._estimates import plan
+from ._files import replacing
 from ._progress import health_rows, money, printable
 from ._task_file import TaskFile
-from .client import SynthgenClient, replacing
+from .client import SynthgenClient
 from .exceptions import (
     AuthenticationError,
     BatchIncompleteError,

@@ -4,11 +4,9 @@ Everything that touches the network is here; models.py only describes data and m
 All times are in seconds unless a name says otherwise.
 """
 
-import errno
 import io
 import logging
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Sized
@@ -28,6 +26,7 @@ from . import __version__
 from ._answers import WIRE_ERRORS, asked_pause, check_status, no_answer, parse, read_json
 from ._chunks import Chunks, as_task
 from ._config import read_config
+from ._files import replacing
 from ._matching import match
 from ._retry import LONGEST_RETRY_AFTER, backoff_time, innermost, may_have_arrived, never_sent, pausing, retry_policy
 from ._stream import iter_tasks
@@ -454,7 +453,7 @@ class SynthgenClient:
                 health = self.check_health()
                 break
             except AWAY_ERRORS as exc:
-                if repeats > self._retries or never_sent(exc.__cause__):
+                if repeats > self._retries:
                     raise
                 monitor.note(f"no answer yet, trying again: {exc}")
                 self._pause(repeats, exc)
@@ -726,29 +725,6 @@ def _upload_error(
         remaining=chunks.rest_after(unsent),
         idempotency_key=key if unconfirmed else None,
     )
-
-
-@contextmanager
-def replacing(path: Union[str, "os.PathLike[str]"]) -> Iterator[Any]:
-    """A binary file that takes the place of ``path`` when all went well; otherwise nothing has changed."""
-    target = os.path.realpath(path)
-    if not os.path.isdir(os.path.dirname(target)):
-        raise OSError(errno.ENOENT, "no such folder", os.path.dirname(target))
-    if os.path.exists(target) and not os.path.isfile(target):
-        raise OSError(errno.EINVAL, "there is something else than a file", target)
-    part = f"{target}.{uuid.uuid4().hex[:8]}.part"
-    file = open(part, "xb")
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if os.path.exists(target):
-            shutil.copymode(target, part)
-        os.replace(part, target)
-    except BaseException:
-        os.unlink(part)
-        raise
 
 
 @contextmanager

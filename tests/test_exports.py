@@ -9,6 +9,7 @@ from builders import batch, export_line, framework_task, task
 from servers import DEADLINE, DROP, Answer
 
 from synthgen import Monitor, SynthgenClient, TaskStatus
+from synthgen._files import replacing
 from synthgen.exceptions import APIError, ConnectionFailedError, InvalidResponseError, NotFoundError, ServerError
 
 PATH = "/api/v1/batches/b"
@@ -417,6 +418,19 @@ def test_a_file_that_takes_the_place_of_an_old_one_may_be_read_by_the_same_peopl
     client.export_batch("b", tmp_path / "out.jsonl")
 
     assert (tmp_path / "out.jsonl").stat().st_mode & 0o777 == 0o640
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_one_writes_is_not(server, client, tmp_path):
+    """Beside the file there is no part of it for longer than its writer lives."""
+    path = tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.0a1b2c3d.part").write_bytes(b"half a line")
+    with replacing(path) as other:
+        with replacing(path) as file:
+            file.write(b"second\n")
+        other.write(b"first\n")
+
+    assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
+    assert path.read_bytes() == b"first\n"
 
 
 @pytest.mark.parametrize("path", ["missing/out.jsonl", ".", "file/out.jsonl", os.devnull])

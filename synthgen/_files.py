@@ -1,0 +1,56 @@
+"""A file that is written beside its place, and takes it when all is in it."""
+
+import errno
+import glob
+import os
+import shutil
+import sys
+import uuid
+from contextlib import contextmanager, suppress
+from typing import IO, Any, BinaryIO, Iterator, Union
+
+__all__ = ["replacing"]
+
+
+@contextmanager
+def replacing(path: Union[str, "os.PathLike[str]"]) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of ``path`` when all went well; otherwise nothing has changed."""
+    target = os.path.realpath(path)
+    if not os.path.isdir(os.path.dirname(target)):
+        raise OSError(errno.ENOENT, "no such folder", os.path.dirname(target))
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise OSError(errno.EINVAL, "there is something else than a file", target)
+    for left in glob.glob(f"{glob.escape(target)}.*.part"):  # by a process that was killed, if nobody holds it
+        with suppress(OSError), open(left, "ab") as file:
+            _hold(file)
+            os.unlink(left)
+    part = f"{target}.{uuid.uuid4().hex[:8]}.part"
+    try:
+        with open(part, "xb") as file:
+            _hold(file)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.exists(target):
+            shutil.copymode(target, part)
+        os.replace(part, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(part)
+        raise
+
+
+def _hold(file: IO[Any]) -> None:
+    """Keep an open file from every other `_hold`, until it is closed or the process ends.
+
+    Raises:
+        OSError: It is held already.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
