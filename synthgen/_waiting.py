@@ -222,6 +222,9 @@ class BatchWait:
                 return health
             self._raise_if_unserved(health, waiting)
         self._quiet_since = now
+        finished = self.batch.finished_tasks if self.batch else 0
+        if health is not None and self._submitted is not None and waiting and finished >= self._submitted:
+            return health  # what waits may have been ingested twice, and run once: the results tell
         self._monitor.note(
             f"nothing has moved for {now - self._moved_at:.0f} s; {describe_queues(health)}. "
             "A provider may be slow, or waited for between retries"

@@ -488,7 +488,8 @@ class SynthgenClient:
                 return results
             lacking = f"{expected - len(results):,} of {expected:,} tasks"
             unmatched = f"; {surplus:,} results match no task" if surplus else ""
-            if stuck is None and (results or surplus < expected):  # else it is full of other tasks
+            is_running = wait.batch is not None and wait.batch.pending_tasks + wait.batch.processing_tasks > 0
+            if is_running or (stuck is None and (results or surplus < expected)):  # else it is full of other tasks
                 monitor.note(f"{lacking} have no result yet{unmatched}; looking again")
                 wait.came_early()
                 continue
@@ -716,7 +717,8 @@ def _upload_error(
     maybe = f", {len(unconfirmed):,} more may have been" if unconfirmed else ""
     return BatchUploadError(
         f"batch {batch_id!r}: {uploaded:,} tasks were uploaded{maybe}, then: {str(exc) or type(exc).__name__}. "
-        "Go on with create_batch(error.remaining, batch_id=error.batch_id)",
+        + "First look whether the batch has those of error.unconfirmed, and send them if it has not. " * bool(maybe)
+        + "Go on with create_batch(error.remaining, batch_id=error.batch_id)",
         status_code=exc.status_code if isinstance(exc, APIError) else None,
         response=exc.response if isinstance(exc, APIError) else None,
         batch_id=batch_id,

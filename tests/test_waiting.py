@@ -427,6 +427,18 @@ def test_a_moving_counter_sets_the_stall_clock_back(clock, server, client):
     assert clock.now > 2000
 
 
+def test_tasks_left_behind_by_a_worker_that_died_are_not_waited_for(clock, server, client):
+    """They were ingested again, and run: every task has its result, though the first of each are PENDING for ever."""
+    server.runs = False
+    server.redelivers = True
+    tasks = make_tasks(3)
+    clock.at(1, lambda: server.run_last(3))
+
+    results = client.monitor_batch(tasks, monitor=Monitor(), stall_timeout=60)
+
+    assert [result.content for result in results] == [f"echo: {prompt_of(dict(task))}" for task in tasks]
+
+
 def test_a_provider_that_is_waited_for_is_only_a_note(clock, server, client, seen):
     """Ten tries with 300 s between them: nothing moves for most of an hour, and nothing is wrong."""
     server.runs = False
