@@ -27,7 +27,8 @@ def replacing(path: Union[str, "os.PathLike[str]"]) -> Iterator[BinaryIO]:
     part = f"{target}.{uuid.uuid4().hex[:8]}.part"
     try:
         with open(part, "xb") as file:
-            _hold(file)
+            with suppress(OSError):  # where the file system knows no locks, nothing is removed above
+                _hold(file)
             yield file
             file.flush()
             os.fsync(file.fileno())

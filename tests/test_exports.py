@@ -433,6 +433,20 @@ def test_what_a_killed_process_left_is_removed_and_what_another_one_writes_is_no
     assert path.read_bytes() == b"first\n"
 
 
+def test_a_file_is_written_where_the_file_system_knows_no_locks(server, client, tmp_path, monkeypatch):
+    """As on some network drives."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*args):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with replacing(tmp_path / "out.jsonl") as file:
+        file.write(b"whole\n")
+
+    assert (tmp_path / "out.jsonl").read_bytes() == b"whole\n"
+
+
 @pytest.mark.parametrize("path", ["missing/out.jsonl", ".", "file/out.jsonl", os.devnull])
 def test_a_path_that_can_not_be_written_is_found_out_before_anything_is_asked(server, client, tmp_path, path):
     """A directory that is not there, a directory itself, something below a file, a device."""
