@@ -94,6 +94,11 @@ class BatchWait:
         self._trouble: Optional[str] = None
         self._asked_at = self._moved_at
 
+    @property
+    def waiting(self) -> int:
+        """How many tasks have no outcome yet, by the server's count when the batch was last seen."""
+        return self.batch.pending_tasks + self.batch.processing_tasks if self.batch else 0
+
     def wait(self) -> Optional[HealthResponse]:
         """Block until every task has an outcome, or until none of those without one will get it.
 
@@ -192,7 +197,7 @@ class BatchWait:
         health = self._health()
         if health is None:
             return
-        waiting = self.batch.pending_tasks + self.batch.processing_tasks if self.batch else 0
+        waiting = self.waiting
         if health.budget is not None and health.budget.waiting and waiting:
             spent, cap = health.budget.spent, health.budget.cap
             raise BudgetExceededError(
@@ -214,7 +219,7 @@ class BatchWait:
         if now - self._quiet_since < self._stall_timeout:
             return None
         health = self._health()
-        waiting = self.batch.pending_tasks + self.batch.processing_tasks if self.batch else 0
+        waiting = self.waiting
         if health is not None and _knows_queues(health):
             if not waiting and not health.services.batch_queue_messages:
                 if self._submitted is None and self.batch is None:

@@ -488,8 +488,7 @@ class SynthgenClient:
                 return results
             lacking = f"{expected - len(results):,} of {expected:,} tasks"
             unmatched = f"; {surplus:,} results match no task" if surplus else ""
-            is_running = wait.batch is not None and wait.batch.pending_tasks + wait.batch.processing_tasks > 0
-            if is_running or (stuck is None and (results or surplus < expected)):  # else it is full of other tasks
+            if wait.waiting or (stuck is None and (results or surplus < expected)):  # else it is full of other tasks
                 monitor.note(f"{lacking} have no result yet{unmatched}; looking again")
                 wait.came_early()
                 continue
