@@ -19,9 +19,8 @@ DRIVER = Path(__file__).with_name("driver.py")
 @pytest.fixture(scope="module")
 def servers():
     """Where a server and a provider are, in variables of the driver's."""
-    serve = subprocess.Popen(
-        [sys.executable, "-m", "synthgen", "serve"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    command = [sys.executable, "-m", "synthgen", "serve", "--port", "0"]
+    serve = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     with DemoProvider() as provider, serve:
         said = {}
         while len(said) < 2:  # the two lines to be copied into a shell
