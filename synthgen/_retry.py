@@ -47,11 +47,23 @@ class RetryPolicy(Retry):
         """Also an upload that was answered 429: it was surely not taken."""
         return status_code == 429 or super().is_retry(method, status_code, has_retry_after)
 
-    def increment(self, method: Any = None, url: Any = None, response: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Give up when the server asks to wait for longer than a minute."""
+    def increment(
+        self,
+        method: Any = None,
+        url: Any = None,
+        response: Any = None,
+        error: Optional[Exception] = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Give up when the server asks to wait for longer than a minute, and where urllib3 would go too far."""
         if response is not None and (self.get_retry_after(response) or 0.0) > LONGEST_RETRY_AFTER:
             raise MaxRetryError(kwargs.get("_pool"), url, ResponseError("asked to wait too long"))  # type: ignore[arg-type]
-        return super().increment(method, url, response, *args, **kwargs)
+        if isinstance(error, (ProxyError, SSLError)):  # after these urllib3 repeats any method
+            is_allowed = method in (self.allowed_methods or ()) or never_sent(error)
+            if _is_certificate_error(error) or not is_allowed:
+                raise error
+        return super().increment(method, url, response, error, *args, **kwargs)
 
     def sleep(self, response: Any = None) -> None:
         """As long as the server asks for, else the backoff; `pausing` says how."""
@@ -67,11 +79,6 @@ class RetryPolicy(Retry):
     def get_backoff_time(self) -> float:
         """With jitter; urllib3 1.26 has none."""
         return backoff_time(self.backoff_factor, len(self.history))
-
-    def _is_read_error(self, err: Exception) -> bool:
-        # urllib3 counts these as "other", and "other" for any method: an upload would be sent again.
-        is_other = isinstance(err, (ProxyError, SSLError)) and not _is_certificate_error(err)
-        return super()._is_read_error(err) or is_other
 
 
 def retry_policy(retries: int, backoff_factor: float, *, idempotent_uploads: bool = False) -> RetryPolicy:
@@ -91,7 +98,6 @@ def retry_policy(retries: int, backoff_factor: float, *, idempotent_uploads: boo
         raise ConfigurationError(f"backoff_factor must be a number of seconds from 0 on, not {backoff_factor!r}")
     return RetryPolicy(
         total=retries,
-        other=0,  # a refused certificate stays refused
         backoff_factor=backoff_factor,
         status_forcelist=(429, 500, 502, 503, 504),
         allowed_methods=frozenset(["GET", "DELETE", "POST"] if idempotent_uploads else ["GET", "DELETE"]),
