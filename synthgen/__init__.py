@@ -11,8 +11,7 @@
 
 import logging
 
-__version__ = "1.1.0"  # first: the modules below read it
-
+from ._version import __version__
 from .client import SynthgenClient
 from .exceptions import (
     APIError,

@@ -18,11 +18,11 @@ from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Opti
 
 from pydantic import BaseModel
 
-from . import __version__
 from ._estimates import plan
 from ._files import replacing
 from ._progress import health_rows, money, printable
 from ._task_file import TaskFile
+from ._version import __version__
 from .client import SynthgenClient
 from .exceptions import (
     AuthenticationError,

@@ -22,7 +22,6 @@ from pydantic import BaseModel
 from requests.adapters import HTTPAdapter
 from urllib3.filepost import encode_multipart_formdata
 
-from . import __version__
 from ._answers import WIRE_ERRORS, asked_pause, check_status, no_answer, parse, read_json
 from ._chunks import Chunks, as_task
 from ._config import read_config
@@ -30,6 +29,7 @@ from ._files import replacing
 from ._matching import match
 from ._retry import LONGEST_RETRY_AFTER, backoff_time, innermost, may_have_arrived, never_sent, pausing, retry_policy
 from ._stream import iter_tasks
+from ._version import __version__
 from ._waiting import AWAY_ERRORS, BatchWait, describe_queues
 from .exceptions import (
     APIError,
