@@ -138,9 +138,9 @@ class Account:
     def __init__(self, name: str, policy: CallPolicy, limits: Limits) -> None:
         self.name = name
         self.verdict: Optional[str] = None
-        self.is_away = False
-        self.rounds = 0
-        self.waiting = _Turns()
+        self.is_away: bool = False
+        self.rounds: int = 0
+        self.waiting: _Turns = _Turns()
         self._policy = policy
         self._is_counted = limits.tpm is not None or limits.max_cost is not None
         self._requests = _Window(limits.rpm, policy.window) if limits.rpm else None
@@ -334,13 +334,13 @@ class Budget:
     """
 
     def __init__(self, limits: Limits, prompt_tokens: int, completion_tokens: int) -> None:
-        self.cap = limits.max_cost
-        self.spent = limits.cost(prompt_tokens, completion_tokens)
+        self.cap: Optional[float] = limits.max_cost
+        self.spent: float = limits.cost(prompt_tokens, completion_tokens)
         self._limits = limits
         self._reserved = 0.0
         self._largest_output = _LEAST_OUTPUT
         #: How many calls run.
-        self.running = 0
+        self.running: int = 0
 
     def reserve(self, estimate: Estimate) -> Optional[float]:
         """Put aside what a call may cost: so much, or None if there is no room for it."""

@@ -74,7 +74,7 @@ class LocalServer:
                 raise ConfigurationError(f"{name} must be more than 0, not {limit}")
         if max_cost is not None and not (input_cost or output_cost):
             raise ConfigurationError("max_cost is nothing without prices: give input_cost and output_cost, too")
-        self.api_key = secrets.token_urlsafe(32) if api_key is None else api_key
+        self.api_key: str = secrets.token_urlsafe(32) if api_key is None else api_key
         self._database = database
         self._address = (host, port)
         self._workers = workers

@@ -27,7 +27,7 @@ from .store import Result, Store, batch_number, now
 
 __all__ = ["Workers"]
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 #: Seconds until a store that failed (a full disk) is tried again.
 _AGAIN = 1.0
