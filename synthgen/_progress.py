@@ -23,18 +23,19 @@ class Progress:
         self._clock = clock
         self._started = clock()
         self._samples: Deque[Tuple[float, int, int]] = deque(maxlen=_SAMPLES)  # time, finished tasks, tokens
-        self.batch_id = ""
-        self.uploaded = 0
-        self.chunks = 0
+        self.batch_id: str = ""
+        self.uploaded: int = 0
+        self.chunks: int = 0
         self.to_upload: Optional[int] = None
         self.batch: Optional[Batch] = None
-        self.submitted = 0
-        self.cost = BatchCost()
-        self.received = 0
+        self.submitted: int = 0
+        self.cost: BatchCost = BatchCost()
+        self.received: int = 0
         self.to_receive: Optional[int] = None
         self.failures: Counter[str] = Counter()
         self._kinds: Dict[str, str] = {}
-        self.cut_off = self.filtered = 0
+        self.cut_off: int = 0
+        self.filtered: int = 0
         self.notes: List[str] = []
 
     def upload(self, batch_id: str, uploaded: int, total: Optional[int]) -> None:

@@ -108,8 +108,8 @@ class AsyncSynthgenClient:
             session=session,
             idempotent_uploads=idempotent_uploads,
         )
-        self.base_url = self._client.base_url
-        self.timeout = self._client.timeout
+        self.base_url: str = self._client.base_url
+        self.timeout: float = self._client.timeout
         self._threads = ThreadPoolExecutor(_UNLIMITED, thread_name_prefix=type(self).__name__)
         self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
         self._running: Dict[Future[Any], _Call] = {}

@@ -60,7 +60,7 @@ from .monitor import GuardedMonitor, Monitor, choose_monitor
 
 __all__ = ["SynthgenClient"]
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _BATCHES = "/api/v1/batches"
 _TASKS = "/api/v1/tasks"
@@ -116,8 +116,8 @@ class SynthgenClient:
         idempotent_uploads: bool = False,
     ) -> None:
         config = read_config(base_url, api_key, timeout, config_file)
-        self.base_url = config.base_url
-        self.timeout = config.timeout
+        self.base_url: str = config.base_url
+        self.timeout: float = config.timeout
         self._api_key = config.api_key
         self._idempotent_uploads = idempotent_uploads
         self._retries = retries

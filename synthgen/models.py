@@ -9,7 +9,7 @@ import json
 import re
 from datetime import datetime, timezone
 from enum import Enum
-from typing import Any, Dict, List, Optional, Type, TypeVar, Union
+from typing import Any, ClassVar, Dict, List, Optional, Type, TypeVar, Union
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError, SchemaValidator, core_schema, to_json
@@ -137,7 +137,8 @@ class Task(BaseModel):
     ``pydantic.ValidationError``. Neither such an error nor the ``repr`` shows the ``api_key``.
     """
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, str_min_length=0)  # see _json_text
+    # The length is there for lone surrogates; see _json_text.
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", hide_input_in_errors=True, str_min_length=0)
 
     #: Your name for the task; its result carries it too. It need not be unique.
     custom_id: Optional[str] = None
@@ -243,7 +244,7 @@ def is_header_value(text: str) -> bool:
 
 
 class _Received(BaseModel):
-    model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow", hide_input_in_errors=True)
 
 
 class BulkTaskResponse(_Received):
@@ -375,7 +376,7 @@ class TaskResponse(_Received):
 class BatchCost(BaseModel):
     """What a batch cost, for its input and its output tokens, in the currency of the prices given."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     input: float = 0.0
     output: float = 0.0

@@ -100,7 +100,7 @@ class PlainMonitor(Monitor):
         self._flush()
 
     def _restart(self) -> None:
-        self.progress = Progress(self._clock)
+        self.progress: Progress = Progress(self._clock)
         self._phase = self._news = self._held = ""
         self._due = 0.0
 
