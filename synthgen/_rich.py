@@ -12,7 +12,7 @@ from typing import Callable, Iterable, List, Optional, Sequence, TextIO
 from ._progress import health_rows, printable
 from .exceptions import MissingDependencyError
 from .models import Batch, BatchCost, HealthResponse, TimeSeriesDataPoint
-from .monitor import PlainMonitor
+from .plain import PlainMonitor
 
 try:
     from rich import box
