@@ -8,9 +8,9 @@ import os
 import sys
 import warnings
 from contextlib import suppress
-from typing import Any, List, Optional, TextIO
+from functools import partial
+from typing import Any, Optional, TextIO
 
-from .models import Batch, BatchCost, HealthResponse, TaskResponse
 from .plain import Monitor, PlainMonitor
 
 __all__ = ["GuardedMonitor", "Monitor", "PlainMonitor", "choose_monitor", "load_rich"]
@@ -23,29 +23,9 @@ class GuardedMonitor(Monitor):
         self._monitor = monitor
         self._broken = False
 
-    def health(self, health: HealthResponse) -> None:
-        self._tell("health", health)
-
-    def upload(self, batch_id: str, uploaded: int, total: Optional[int]) -> None:
-        self._tell("upload", batch_id, uploaded, total)
-
-    def batch(self, batch: Optional[Batch], submitted: int, cost: BatchCost) -> None:
-        self._tell("batch", batch, submitted, cost)
-
-    def download(self, received: int, total: Optional[int]) -> None:
-        self._tell("download", received, total)
-
-    def note(self, text: str) -> None:
-        self._tell("note", text)
-
-    def results(self, results: List[TaskResponse]) -> None:
-        self._tell("results", results)
-
-    def finish(self, batch: Batch, cost: BatchCost) -> None:
-        self._tell("finish", batch, cost)
-
-    def close(self) -> None:
-        self._tell("close")
+    def __getattribute__(self, name: str) -> Any:
+        """Each method of the interface tells the monitor."""
+        return super().__getattribute__(name) if name.startswith("_") else partial(self._tell, name)
 
     def _tell(self, event: str, *args: Any) -> None:
         if self._broken and event != "close":  # a broken monitor, too, has to give the terminal back
