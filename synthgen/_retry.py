@@ -47,23 +47,16 @@ class RetryPolicy(Retry):
         """Also an upload that was answered 429: it was surely not taken."""
         return status_code == 429 or super().is_retry(method, status_code, has_retry_after)
 
-    def increment(
-        self,
-        method: Any = None,
-        url: Any = None,
-        response: Any = None,
-        error: Optional[Exception] = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def increment(self, method: Any = None, url: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Give up when the server asks to wait for longer than a minute, and where urllib3 would go too far."""
+        response, error = kwargs.get("response"), kwargs.get("error")
         if response is not None and (self.get_retry_after(response) or 0.0) > LONGEST_RETRY_AFTER:
-            raise MaxRetryError(kwargs.get("_pool"), url, ResponseError("asked to wait too long"))  # type: ignore[arg-type]
+            raise MaxRetryError(kwargs["_pool"], url, ResponseError("asked to wait too long"))
         if isinstance(error, (ProxyError, SSLError)):  # after these urllib3 repeats any method
             is_allowed = method in (self.allowed_methods or ()) or never_sent(error)
             if _is_certificate_error(error) or not is_allowed:
                 raise error
-        return super().increment(method, url, response, error, *args, **kwargs)
+        return super().increment(method, url, *args, **kwargs)
 
     def sleep(self, response: Any = None) -> None:
         """As long as the server asks for, else the backoff; `pausing` says how."""
@@ -73,8 +66,15 @@ class RetryPolicy(Retry):
             pausing.get()(seconds)
 
     def parse_retry_after(self, retry_after: str) -> float:
-        """As `parse_retry_after`; urllib3 raises on decimals."""
-        return parse_retry_after(retry_after)
+        """Seconds to wait, from a number or a date (RFC 9110, 10.2.3); 0 for anything else, on which urllib3 raises."""
+        try:
+            seconds = float(retry_after)
+        except ValueError:
+            try:
+                seconds = super().parse_retry_after(retry_after)
+            except (InvalidHeader, ValueError, OverflowError, IndexError):
+                return 0.0
+        return 0.0 if math.isnan(seconds) else max(seconds, 0.0)
 
     def get_backoff_time(self) -> float:
         """With jitter; urllib3 1.26 has none."""
@@ -118,15 +118,8 @@ def backoff_time(factor: float, repeats: int) -> float:
 
 
 def parse_retry_after(text: str) -> float:
-    """Seconds to wait, from a number or a date (RFC 9110, 10.2.3); 0 for anything else."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            seconds = Retry().parse_retry_after(text)
-        except (InvalidHeader, ValueError, OverflowError, IndexError):
-            return 0.0
-    return 0.0 if math.isnan(seconds) else max(seconds, 0.0)
+    """What a Retry-After header asks for, in seconds; see `RetryPolicy`."""
+    return RetryPolicy().parse_retry_after(text)
 
 
 def never_sent(error: Optional[BaseException]) -> bool:
@@ -135,8 +128,6 @@ def never_sent(error: Optional[BaseException]) -> bool:
     True for a connection that was refused or timed out, a name that was not found, and a certificate that was
     refused. All else, a dropped connection or a read time-out say, leaves it open.
     """
-    if error is None:
-        return False
     return any(isinstance(layer, ConnectTimeoutError) for layer in _layers(error)) or _is_certificate_error(error)
 
 
@@ -155,7 +146,7 @@ def innermost(error: BaseException) -> BaseException:
     return list(_layers(error))[-1]
 
 
-def _is_certificate_error(error: BaseException) -> bool:
+def _is_certificate_error(error: Optional[BaseException]) -> bool:
     # OpenSSL refuses with the first; urllib3 1.26 compares the host's name by itself, with an error of its own.
     return any(
         isinstance(layer, ssl.SSLCertVerificationError) or type(layer).__name__ == "CertificateError"
@@ -163,13 +154,12 @@ def _is_certificate_error(error: BaseException) -> bool:
     )
 
 
-def _layers(error: BaseException) -> Iterator[BaseException]:
+def _layers(error: Optional[BaseException]) -> Iterator[BaseException]:
     """An error, and what it wraps: MaxRetryError has a reason, ProxyError an original_error, others arguments."""
-    layer: Optional[BaseException] = error
-    while layer is not None:
-        yield layer
-        wrapped = (getattr(layer, "reason", None), getattr(layer, "original_error", None), *layer.args)
-        inner = next((item for item in wrapped if isinstance(item, BaseException)), layer.__cause__)
-        if inner is None and isinstance(layer, ConnectTimeoutError):
-            inner = layer.__context__  # urllib3 1.26 does not say `from`; of others it may be an error of the caller's
-        layer = inner
+    while error is not None:
+        yield error
+        wrapped = (getattr(error, "reason", None), getattr(error, "original_error", None), *error.args)
+        inner = next((item for item in wrapped if isinstance(item, BaseException)), error.__cause__)
+        if inner is None and isinstance(error, ConnectTimeoutError):
+            inner = error.__context__  # urllib3 1.26 does not say `from`; of others it may be an error of the caller's
+        error = inner
