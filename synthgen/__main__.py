@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from contextlib import closing, contextmanager, suppress
+from datetime import datetime
 from functools import partial
 from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
@@ -166,20 +167,12 @@ def _stats(args: argparse.Namespace) -> int:
         stats = client.get_batch_stats(args.batch, args.range, args.interval)
     if args.json:
         return _print_json(stats)
-    rich = load_rich(sys.stdout)
+    rich, points = load_rich(sys.stdout), stats.time_series
     if rich:
-        rich.print_stats(stats.time_series, sys.stdout)
+        rich.print_stats(points, sys.stdout)
     else:
-        _print_table(
-            ("UTC", "tasks", "failed", "cached", "tokens"),
-            [
-                (
-                    f"{point.timestamp:%Y-%m-%d %H:%M}",
-                    *_numbers(point.total_tasks, point.failed_tasks, point.cached_tasks, point.total_tokens),
-                )
-                for point in stats.time_series
-            ],
-        )
+        rows = ((p.timestamp, p.total_tasks, p.failed_tasks, p.cached_tasks, p.total_tokens) for p in points)
+        _print_table(("UTC", "tasks", "failed", "cached", "tokens"), rows)
     summary = stats.summary
     print(
         f"{summary.total_tasks:,} tasks in {stats.time_range}: {summary.total_tokens:,} tokens, "
@@ -193,18 +186,11 @@ def _batches(args: argparse.Namespace) -> int:
         batches = client.get_batches()
     if args.json:
         return _print_json(batches)
-    _print_table(
-        ("batch", "status", "tasks", "done", "failed", "tokens", "created (UTC)"),
-        [
-            (
-                batch.batch_id,
-                str(batch.batch_status),
-                *_numbers(batch.total_tasks, batch.finished_tasks, batch.failed_tasks, batch.total_tokens),
-                f"{batch.created_at:%Y-%m-%d %H:%M}" if batch.created_at else "",
-            )
-            for batch in batches.batches
-        ],
+    rows = (
+        (b.batch_id, b.batch_status, b.total_tasks, b.finished_tasks, b.failed_tasks, b.total_tokens, b.created_at)
+        for b in batches.batches
     )
+    _print_table(("batch", "status", "tasks", "done", "failed", "tokens", "created (UTC)"), rows)
     return _OK
 
 
@@ -214,7 +200,7 @@ def _health(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(health)
     else:
-        _print_table(("service", "state"), [("server", str(health.status)), *health_rows(health)])
+        _print_table(("service", "state"), [("server", health.status), *health_rows(health)])
     return _OK if health.status == HealthStatus.HEALTHY else _UNREACHABLE
 
 
@@ -401,19 +387,22 @@ def _print_json(model: BaseModel) -> int:
     return _OK
 
 
-def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    cells = [list(map(_cell, row)) for row in rows]
     rich = load_rich(sys.stdout)
     if rich:
-        rich.print_table(headers, rows, sys.stdout)
+        rich.print_table(headers, cells, sys.stdout)
         return
-    widths = [max(map(len, column)) for column in zip(headers, *rows)]
-    for row in (headers, *rows):
+    widths = [max(map(len, column)) for column in zip(headers, *cells)]
+    for row in (headers, *cells):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths))
         print(printable(line.rstrip(), sys.stdout.encoding))
 
 
-def _numbers(*numbers: int) -> List[str]:
-    return [f"{number:,}" for number in numbers]
+def _cell(value: Any) -> str:
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M}"
+    return f"{value:,}" if isinstance(value, int) else str(value or "")
 
 
 def _say(text: str) -> None:

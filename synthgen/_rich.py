@@ -24,7 +24,7 @@ try:
     from rich.live import Live
     from rich.panel import Panel
     from rich.progress_bar import ProgressBar
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 except ImportError as exc:
     raise MissingDependencyError(
@@ -144,9 +144,7 @@ class RichMonitor(PlainMonitor):
         return _stack(parts)
 
     def _summary(self) -> Panel:
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(no_wrap=True)
-        grid.add_column(overflow="fold")
+        grid = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
         for label, text in self.progress.summary():
             grid.add_row(Text(label), self._text(text))
         failed = self.progress.batch is not None and self.progress.batch.failed_tasks
@@ -172,9 +170,7 @@ def _stack(parts: Iterable[Optional[RenderableType]]) -> Group:
 def _bar(done: int, total: Optional[int]) -> Optional[RenderableType]:
     if not total:
         return None
-    grid = Table.grid(padding=(0, 1), expand=True)
-    grid.add_column(ratio=1)
-    grid.add_column(no_wrap=True, justify="right")
+    grid = Table.grid(Column(ratio=1), Column(no_wrap=True, justify="right"), padding=(0, 1), expand=True)
     bar = ProgressBar(total, done, style="bright_black", complete_style="green", finished_style="green")
     grid.add_row(bar, Text(f"{100 * min(done, total) // total}%"))
     return grid
@@ -182,9 +178,7 @@ def _bar(done: int, total: Optional[int]) -> Optional[RenderableType]:
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], stream: TextIO) -> None:
     """Draw a table of texts, as wide as they are: on a narrow terminal too, an id can be copied."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0))
-    for header in headers:
-        table.add_column(Text(header))
+    table = Table(*(Column(Text(header)) for header in headers), box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*(Text(printable(cell, stream.encoding)) for cell in row))
     console = Console(file=stream)
@@ -194,19 +188,14 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], stream: T
 
 def print_stats(points: Sequence[TimeSeriesDataPoint], stream: TextIO) -> None:
     """Draw the tasks and tokens of each time bucket as bars, side by side."""
-    table = Table(box=box.SIMPLE_HEAD, expand=True)
-    table.add_column("UTC")
-    most_tasks = max((point.total_tasks for point in points), default=0)
-    most_tokens = max((point.total_tokens for point in points), default=0)
-    for name in ("tasks", "tokens"):
+    table = Table("UTC", box=box.SIMPLE_HEAD, expand=True)
+    columns: List[List[RenderableType]] = [[Text(f"{point.timestamp:%Y-%m-%d %H:%M}") for point in points]]
+    for name, color in (("tasks", "cyan"), ("tokens", "green")):
         table.add_column(name, justify="right")
         table.add_column(ratio=1)
-    for point in points:
-        table.add_row(
-            Text(f"{point.timestamp:%Y-%m-%d %H:%M}"),
-            Text(f"{point.total_tasks:,}"),
-            Bar(most_tasks or 1, 0, point.total_tasks, color="cyan"),
-            Text(f"{point.total_tokens:,}"),
-            Bar(most_tokens or 1, 0, point.total_tokens, color="green"),
-        )
+        counts = [getattr(point, f"total_{name}") for point in points]
+        most = max(counts, default=0) or 1
+        columns += [Text(f"{count:,}") for count in counts], [Bar(most, 0, count, color=color) for count in counts]
+    for row in zip(*columns):
+        table.add_row(*row)
     Console(file=stream).print(table)
