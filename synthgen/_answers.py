@@ -2,7 +2,7 @@
 
 import json
 import re
-from typing import Any, Optional, Type, TypeVar
+from typing import Any, Dict, Optional, Type, TypeVar
 
 import requests
 from pydantic import BaseModel, ValidationError
@@ -26,6 +26,8 @@ __all__ = ["WIRE_ERRORS", "asked_pause", "check_status", "no_answer", "parse", "
 #: All that requests and urllib3 raise for what happens on the wire; requests' own errors are OSErrors too.
 WIRE_ERRORS = (requests.RequestException, HTTPError, OSError)
 
+#: What a status stands for; all others, their hundreds tell.
+_KINDS: Dict[int, Type[APIError]] = {401: AuthenticationError, 403: AuthenticationError, 404: NotFoundError}
 _MAX_ERROR_TEXT = 64 * 1024
 #: A task's ``"api_key": "..."``, as it stands or quoted once more, in JSON or in HTML.
 _PROVIDER_KEY = re.compile(r'(api_key(?:\\*"|&quot;): *(?:\\*"|&quot;))[^"\\&]+')
@@ -58,15 +60,9 @@ def check_status(response: requests.Response, what: str, api_key: Optional[str])
         header = error.headers.get("Retry-After")
         retry_after = None if header is None else parse_retry_after(header)
         raise RateLimitError(message, status_code=status, response=error, retry_after=retry_after)
-    kind: Type[APIError] = ServerError if status >= 500 else InvalidRequestError
-    if status == 404:
-        kind = NotFoundError
-    elif status in (401, 403):
-        kind = AuthenticationError
-        if not api_key:
-            message += (
-                '. No API key was given: pass api_key=..., set SYNTHGEN_API_KEY, or put "api_key" into a config file'
-            )
+    kind = _KINDS.get(status, ServerError if status >= 500 else InvalidRequestError)
+    if kind is AuthenticationError and not api_key:
+        message += '. No API key was given: pass api_key=..., set SYNTHGEN_API_KEY, or put "api_key" into a config file'
     raise kind(message, status_code=status, response=error)
 
 
