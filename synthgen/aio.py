@@ -153,12 +153,8 @@ class AsyncSynthgenClient:
     ) -> BulkTaskResponse:
         return await self._run(
             lambda client: client.create_batch(
-                client.iterable(tasks),
-                chunk_size,
-                batch_id=batch_id,
-                idempotency_key=idempotency_key,
-                monitor=monitor,
-            ),
+                client.iterable(tasks), chunk_size, batch_id=batch_id, idempotency_key=idempotency_key, monitor=monitor
+            )
         )
 
     @_like(SynthgenClient.monitor_batch)
