@@ -14,6 +14,7 @@ _FAILURES_SHOWN = 3
 _FAILURE_LENGTH = 120
 #: Tries, ids and times: failures that differ in nothing else are of one kind.
 _NUMBERS = re.compile(r"\S*\d\S*")
+_NOT_SEEN = Batch(batch_id="", batch_status="")
 
 
 class Progress:
@@ -27,7 +28,7 @@ class Progress:
         self.uploaded: int = 0
         self.chunks: int = 0
         self.to_upload: Optional[int] = None
-        self.batch: Optional[Batch] = None
+        self.batch: Batch = _NOT_SEEN
         self.submitted: int = 0
         self.cost: BatchCost = BatchCost()
         self.received: int = 0
@@ -43,9 +44,9 @@ class Progress:
         self.batch_id, self.uploaded, self.to_upload = batch_id, uploaded, total
 
     def poll(self, batch: Optional[Batch], submitted: int, cost: BatchCost) -> None:
-        self.batch, self.submitted, self.cost = batch, submitted, cost
-        self.batch_id = batch.batch_id if batch else self.batch_id
-        self._samples.append((self._clock(), self.finished, batch.total_tokens if batch else 0))
+        self.batch, self.submitted, self.cost = batch or _NOT_SEEN, submitted, cost
+        self.batch_id = self.batch.batch_id or self.batch_id
+        self._samples.append((self._clock(), self.finished, self.batch.total_tokens))
 
     def result(self, result: TaskResponse) -> None:
         if result.error:
@@ -60,11 +61,11 @@ class Progress:
 
     @property
     def finished(self) -> int:
-        return self.batch.finished_tasks if self.batch else 0
+        return self.batch.finished_tasks
 
     @property
     def total(self) -> int:
-        return max(self.submitted, self.batch.total_tasks if self.batch else 0)
+        return max(self.submitted, self.batch.total_tasks)
 
     def uploaded_text(self) -> str:
         chunks = f" in {plural(self.chunks, 'chunk')}" if self.chunks else ""
@@ -78,7 +79,7 @@ class Progress:
 
     def counts(self) -> List[str]:
         """Each state with its number of tasks; what the server has yet to ingest is pending."""
-        batch = self.batch or Batch(batch_id="", batch_status="")
+        batch = self.batch
         pending = max(0, self.total - self.finished - batch.processing_tasks)
         return [
             f"{batch.completed_tasks:,} completed",
@@ -89,7 +90,7 @@ class Progress:
         ]
 
     def tokens(self) -> List[str]:
-        if self.batch is None:
+        if self.batch is _NOT_SEEN:
             return []
         parts = [f"{self.batch.prompt_tokens:,} tokens in", f"{self.batch.completion_tokens:,} tokens out"]
         speed = self._per_second(2)
@@ -97,7 +98,7 @@ class Progress:
 
     def costs(self) -> List[str]:
         """The cost so far, and the one to be expected if no further task is cached; empty without prices."""
-        if not self.cost.total or self.batch is None:
+        if not self.cost.total:
             return []
         parts = [f"cost {money(self.cost.total)} so far"]
         paid = self.finished - self.batch.cached_tasks
@@ -116,8 +117,6 @@ class Progress:
     def summary(self) -> List[Tuple[str, str]]:
         """The end of the batch, as labels and texts; a label may be empty: the text then goes with the one above."""
         batch = self.batch
-        if batch is None:
-            return []
         taken = self.elapsed if self.uploaded or batch.duration is None else batch.duration
         cost = f"{money(self.cost.total)} ({money(self.cost.input)} in, {money(self.cost.output)} out)"
         rows = [

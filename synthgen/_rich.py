@@ -147,8 +147,7 @@ class RichMonitor(PlainMonitor):
         grid = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
         for label, text in self.progress.summary():
             grid.add_row(Text(label), self._text(text))
-        failed = self.progress.batch is not None and self.progress.batch.failed_tasks
-        return self._panel(grid, style="red" if failed else "green")
+        return self._panel(grid, style="red" if self.progress.batch.failed_tasks else "green")
 
     def _panel(self, *parts: Optional[RenderableType], style: str = "") -> Panel:
         title = self._text(f"batch {self.progress.batch_id}")
