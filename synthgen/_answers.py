@@ -20,6 +20,7 @@ from .exceptions import (
     RateLimitError,
     ServerError,
 )
+from .models import reasons
 
 __all__ = ["WIRE_ERRORS", "asked_pause", "check_status", "no_answer", "parse", "read_json"]
 
@@ -101,11 +102,8 @@ def parse(model: Type[_Model], data: Any, what: str) -> _Model:
     try:
         return model.model_validate(data)
     except ValidationError as exc:
-        first = exc.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "as a whole"
-        raise InvalidResponseError(
-            f"{what}: the answer is no {model.__name__}: {place}: {first['msg']}", status_code=200
-        ) from exc
+        message = f"{what}: the answer is no {model.__name__}: {reasons(exc)}"
+        raise InvalidResponseError(message, status_code=200) from exc
 
 
 def no_answer(error: Exception, what: str, read_timeout: float) -> ConnectionFailedError:
