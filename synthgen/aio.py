@@ -56,20 +56,19 @@ _UNLIMITED = 1_000_000
 _READ_AHEAD = 100
 
 _Tasks = Union[Iterable[Task], AsyncIterable[Task]]
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Class = TypeVar("_Class", bound=type)
 _Result = TypeVar("_Result")
 
 
-def _like(method: Callable[..., Any]) -> Callable[[_Function], _Function]:
-    """Give a method the docstring of the one that it hands on to."""
-
-    def decorate(function: _Function) -> _Function:
-        function.__doc__ = method.__doc__
-        return function
-
-    return decorate
+def _documented(cls: _Class) -> _Class:
+    """Give each public method without a docstring that of the method which it hands on to."""
+    for name, method in vars(cls).items():
+        if not name.startswith("_") and not method.__doc__:
+            method.__doc__ = getattr(SynthgenClient, name).__doc__
+    return cls
 
 
+@_documented
 class AsyncSynthgenClient:
     """`SynthgenClient` for asyncio: the same arguments, and the same methods, awaited.
 
@@ -137,11 +136,9 @@ class AsyncSynthgenClient:
 
     # The life of a batch, in its order.
 
-    @_like(SynthgenClient.check_health)
     async def check_health(self) -> HealthResponse:
         return await self._run_short(lambda client: client.check_health())
 
-    @_like(SynthgenClient.create_batch)
     async def create_batch(
         self,
         tasks: _Tasks,
@@ -157,7 +154,6 @@ class AsyncSynthgenClient:
             )
         )
 
-    @_like(SynthgenClient.monitor_batch)
     async def monitor_batch(
         self,
         tasks: Optional[_Tasks] = None,
@@ -187,22 +183,18 @@ class AsyncSynthgenClient:
             ),
         )
 
-    @_like(SynthgenClient.get_batches)
     async def get_batches(self) -> BatchList:
         return await self._run_short(lambda client: client.get_batches())
 
-    @_like(SynthgenClient.get_batch)
     async def get_batch(self, batch_id: str) -> Batch:
         return await self._run_short(lambda client: client.get_batch(batch_id))
 
-    @_like(SynthgenClient.iter_batch_tasks)
     def iter_batch_tasks(
         self, batch_id: str, task_status: Optional[Union[TaskStatus, str]] = None
     ) -> AsyncGenerator[TaskResponse, None]:
         call = _Call(self._client)
         return self._stream(call, call.iter_batch_tasks(batch_id, task_status))
 
-    @_like(SynthgenClient.get_batch_tasks)
     async def get_batch_tasks(
         self,
         batch_id: str,
@@ -212,7 +204,6 @@ class AsyncSynthgenClient:
     ) -> List[TaskResponse]:
         return await self._run(lambda client: client.get_batch_tasks(batch_id, task_status, monitor=monitor))
 
-    @_like(SynthgenClient.export_batch)
     async def export_batch(
         self,
         batch_id: str,
@@ -223,7 +214,6 @@ class AsyncSynthgenClient:
     ) -> int:
         return await self._run(lambda client: client.export_batch(batch_id, path, task_status, monitor=monitor))
 
-    @_like(SynthgenClient.get_batch_stats)
     async def get_batch_stats(
         self,
         batch_id: str,
@@ -232,21 +222,17 @@ class AsyncSynthgenClient:
     ) -> UsageStatsResponse:
         return await self._run_short(lambda client: client.get_batch_stats(batch_id, time_range, interval))
 
-    @_like(SynthgenClient.delete_batch)
     async def delete_batch(self, batch_id: str) -> None:
         await self._run_short(lambda client: client.delete_batch(batch_id))
 
     # Single tasks.
 
-    @_like(SynthgenClient.get_task)
     async def get_task(self, message_id: str) -> TaskResponse:
         return await self._run_short(lambda client: client.get_task(message_id))
 
-    @_like(SynthgenClient.delete_task)
     async def delete_task(self, message_id: str) -> None:
         await self._run_short(lambda client: client.delete_task(message_id))
 
-    @_like(SynthgenClient.get_task_stats)
     async def get_task_stats(self) -> TaskStatsResponse:
         return await self._run_short(lambda client: client.get_task_stats())
 
