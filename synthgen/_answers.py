@@ -68,12 +68,7 @@ def check_status(response: requests.Response, what: str, api_key: Optional[str])
 
 
 def read_json(response: requests.Response, what: str, api_key: Optional[str]) -> Any:
-    """The body as JSON, None for a 204; the response is closed.
-
-    Raises:
-        ConnectionFailedError: The body was cut short.
-        InvalidResponseError: It is not JSON.
-    """
+    """The body as JSON, None for a 204; an error if it was cut short or is no JSON. The response is closed."""
     try:
         with response:
             body = response.content
@@ -94,11 +89,7 @@ def read_json(response: requests.Response, what: str, api_key: Optional[str]) ->
 
 
 def parse(model: Type[_Model], data: Any, what: str) -> _Model:
-    """The JSON as a model.
-
-    Raises:
-        InvalidResponseError: It has another shape.
-    """
+    """The JSON as a model; an error if it has another shape."""
     try:
         return model.model_validate(data)
     except ValidationError as exc:

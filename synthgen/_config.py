@@ -35,11 +35,7 @@ def read_config(
     timeout: Optional[float],
     config_file: Optional[Union[str, "os.PathLike[str]"]],
 ) -> Config:
-    """The settings that hold, each from its argument, else the environment, else the file, else the default.
-
-    Raises:
-        ConfigurationError: One is malformed, or the file can't be read. It says where, and what would be right.
-    """
+    """The settings that hold; for a malformed one, a ``ConfigurationError`` that says where and what would be right."""
     file = {} if config_file is None else _read_file(os.fspath(config_file))
 
     def pick(name: str, argument: Any) -> Any:

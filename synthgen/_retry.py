@@ -82,16 +82,7 @@ class RetryPolicy(Retry):
 
 
 def retry_policy(retries: int, backoff_factor: float, *, idempotent_uploads: bool = False) -> RetryPolicy:
-    """The policy for an adapter.
-
-    Args:
-        retries: How often a request is sent again, for all reasons together; 0 for never.
-        backoff_factor: See `backoff_time`.
-        idempotent_uploads: Whether a POST is treated like a GET.
-
-    Raises:
-        ConfigurationError: A number is out of range.
-    """
+    """The policy for an adapter; a ``ConfigurationError`` if a number is out of range."""
     if not isinstance(retries, int) or retries < 0:
         raise ConfigurationError(f"retries must be a whole number from 0 on, not {retries!r}")
     if not isinstance(backoff_factor, (int, float)) or not 0 <= backoff_factor < math.inf:
