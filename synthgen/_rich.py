@@ -128,20 +128,19 @@ class RichMonitor(PlainMonitor):
 
     def __rich__(self) -> RenderableType:
         progress = self.progress
-        parts: List[Optional[RenderableType]] = []
+        parts: List[RenderableType] = []
         if self._phase == "finish":
             parts.append(self._summary())
         elif self._phase == "upload":
             bar = _bar(progress.uploaded, progress.to_upload)
-            parts.append(self._panel(bar, self._pieces([progress.uploaded_text()])))
+            parts.append(self._panel(*bar, self._pieces([progress.uploaded_text()])))
         elif progress.total:
             lines = ([progress.done_text(), *progress.times()], progress.counts(), progress.tokens(), progress.costs())
-            parts.append(self._panel(_bar(progress.finished, progress.total), *map(self._pieces, lines)))
+            parts.append(self._panel(*_bar(progress.finished, progress.total), *map(self._pieces, lines)))
         parts.extend(self._text(note, "magenta") for note in progress.notes[-_NOTES_SHOWN:])
         if self._phase == "download":
-            parts.append(_bar(progress.received, progress.to_receive))
-            parts.append(self._text(progress.received_text()))
-        return _stack(parts)
+            parts += [*_bar(progress.received, progress.to_receive), self._text(progress.received_text())]
+        return Group(*parts)
 
     def _summary(self) -> Panel:
         grid = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
@@ -149,10 +148,10 @@ class RichMonitor(PlainMonitor):
             grid.add_row(Text(label), self._text(text))
         return self._panel(grid, style="red" if self.progress.batch.failed_tasks else "green")
 
-    def _panel(self, *parts: Optional[RenderableType], style: str = "") -> Panel:
+    def _panel(self, *parts: RenderableType, style: str = "") -> Panel:
         title = self._text(f"batch {self.progress.batch_id}")
         width = min(self._console.width, _WIDTH)
-        return Panel(_stack(parts), title=title, title_align="left", border_style=style, width=width)
+        return Panel(Group(*parts), title=title, title_align="left", border_style=style, width=width)
 
     def _pieces(self, texts: List[str]) -> Columns:
         """Texts side by side, in as many rows as the width asks for, none of them torn."""
@@ -162,17 +161,14 @@ class RichMonitor(PlainMonitor):
         return Text(printable(text, self._console.encoding), style, overflow="fold")
 
 
-def _stack(parts: Iterable[Optional[RenderableType]]) -> Group:
-    return Group(*(part for part in parts if part is not None))
-
-
-def _bar(done: int, total: Optional[int]) -> Optional[RenderableType]:
+def _bar(done: int, total: Optional[int]) -> List[RenderableType]:
+    """A bar with its percentage; none where the total is not known."""
     if not total:
-        return None
+        return []
     grid = Table.grid(Column(ratio=1), Column(no_wrap=True, justify="right"), padding=(0, 1), expand=True)
     bar = ProgressBar(total, done, style="bright_black", complete_style="green", finished_style="green")
     grid.add_row(bar, Text(f"{100 * min(done, total) // total}%"))
-    return grid
+    return [grid]
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], stream: TextIO) -> None:
