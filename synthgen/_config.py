@@ -38,15 +38,14 @@ def read_config(
     """The settings that hold; for a malformed one, a ``ConfigurationError`` that says where and what would be right."""
     file = {} if config_file is None else _read_file(os.fspath(config_file))
 
-    def pick(name: str, argument: Any) -> Any:
-        if argument is not None:
-            return argument
-        return os.environ.get(f"SYNTHGEN_{name.upper()}") or file.get(name)
+    def pick(name: str, argument: Any, default: Any = None) -> Any:
+        places = (argument, os.environ.get(f"SYNTHGEN_{name.upper()}") or None, file.get(name))
+        return next((value for value in places if value is not None), default)
 
     return Config(
-        _checked_base_url(pick("base_url", base_url)),
+        _checked_base_url(pick("base_url", base_url, _DEFAULT_BASE_URL)),
         _checked_api_key(pick("api_key", api_key)),
-        _checked_timeout(pick("timeout", timeout)),
+        _checked_timeout(pick("timeout", timeout, _DEFAULT_TIMEOUT)),
     )
 
 
@@ -72,8 +71,6 @@ def _read_file(path: str) -> Dict[str, Any]:
 
 
 def _checked_base_url(value: Any) -> str:
-    if value is None:
-        return _DEFAULT_BASE_URL
     example = "it should look like http://localhost:8002 or https://host/prefix, without a query or spaces"
     if not isinstance(value, str):
         raise ConfigurationError(f"the base URL must be a text: {example}")
@@ -101,8 +98,6 @@ def _checked_api_key(value: Any) -> Optional[str]:
 
 
 def _checked_timeout(value: Any) -> float:
-    if value is None:
-        return _DEFAULT_TIMEOUT
     try:
         seconds = float(value)
     except (TypeError, ValueError, OverflowError):
