@@ -255,10 +255,7 @@ class AsyncSynthgenClient:
 
     async def _run_short(self, function: Callable[["_Call"], _Result]) -> _Result:
         """The same for one request: so many at a time, without those that were cancelled and whose threads go on."""
-        loop = asyncio.get_running_loop()
-        if loop not in self._slots:
-            self._slots[loop] = asyncio.Semaphore(_SHORT_CALLS_AT_ONCE)
-        async with self._slots[loop]:
+        async with self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(_SHORT_CALLS_AT_ONCE)):
             return await self._run(function)
 
     def _start(self, call: "_Call", function: Callable[[], _Result]) -> "Future[_Result]":
