@@ -1,7 +1,7 @@
 """What a call will take, as far as its body tells: before it is made, nobody counts its tokens."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from hashlib import blake2b
 from typing import Any, Dict, Iterable, List, Optional, Set, Tuple
 from urllib.parse import urlsplit
@@ -42,13 +42,6 @@ def _characters(value: Any) -> int:
     return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
-class _Group:
-    """Calls that are counted together."""
-
-    def __init__(self) -> None:
-        self.calls = self.prompt_tokens = self.output_tokens = 0
-
-
 def plan(
     tasks: Iterable[Task], input_cost: float, output_cost: float, rpm: Optional[float], tpm: Optional[float]
 ) -> List[Tuple[str, str]]:
@@ -63,8 +56,8 @@ def plan(
     """
     count = characters = unlimited = 0
     seen: Set[bytes] = set()
-    models: Dict[str, _Group] = defaultdict(_Group)
-    accounts: Dict[Tuple[str, Optional[str]], _Group] = defaultdict(_Group)
+    models: Dict[str, Counter[str]] = defaultdict(Counter)
+    accounts: Dict[Tuple[str, Optional[str]], Counter[str]] = defaultdict(Counter)
     for task in tasks:
         count += 1
         digest = blake2b(f"{task.method} {task.url}\n{json.dumps(task.body, sort_keys=True)}".encode(), digest_size=12)
@@ -76,13 +69,10 @@ def plan(
         characters += length
         unlimited += limit is None
         for group in (models[f"{host} {task.body.get('model', '')}"], accounts[host, task.api_key]):
-            group.calls += 1
-            group.prompt_tokens += to_tokens(length)
-            group.output_tokens += limit or 0
-    called = sum(group.calls for group in models.values())
-    prompt, output = (sum(getattr(g, name) for g in models.values()) for name in ("prompt_tokens", "output_tokens"))
+            group.update(calls=1, prompt=to_tokens(length), output=limit or 0)
+    called, prompt, output = (sum(group[name] for group in models.values()) for name in ("calls", "prompt", "output"))
     rows = [("tasks", f"{count:,}: {called:,} to be called, {count - called:,} identical to one of those")]
-    rows += [("", f"{group.calls:,} x {name.strip()}") for name, group in models.items()]
+    rows += [("", f"{group['calls']:,} x {name.strip()}") for name, group in models.items()]
     more = f", and what {unlimited:,} without a limit may answer" if unlimited else ""
     rows.append(("prompts", f"{characters:,} characters, about {prompt:,} tokens"))
     rows.append(("answers", f"at most {output:,} tokens{more}"))
@@ -90,7 +80,7 @@ def plan(
         lowest = prompt * input_cost / 1e6
         rows.append(("cost", f"from {money(lowest)} to {money(lowest + output * output_cost / 1e6)}{more}"))
     if rpm or tpm:
-        minutes = [(group.calls - 1) // rpm if rpm else 0 for group in accounts.values()]
-        minutes += [(g.prompt_tokens + g.output_tokens - 1) // tpm if tpm else 0 for g in accounts.values()]
+        minutes = [(group["calls"] - 1) // rpm if rpm else 0 for group in accounts.values()]
+        minutes += [(group["prompt"] + group["output"] - 1) // tpm if tpm else 0 for group in accounts.values()]
         rows.append(("time", f"at least {duration(60 * max(minutes))}"))
     return rows
