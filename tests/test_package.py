@@ -1,5 +1,6 @@
 """The package as a whole: what it exports, what its import does, and what its files promise."""
 
+import ast
 import configparser
 import json
 import os
@@ -56,6 +57,30 @@ def test_the_import_loads_nothing_that_may_not_be_needed():
     assert "synthgen.client" in loaded
     not_needed = ("rich", "asyncio", "sqlite3", "http.server")
     assert [name for name in loaded for module in not_needed if (name + ".").startswith(module + ".")] == []
+
+
+def imported_by(path):
+    """The modules of the package that a module imports, late ones included; not what only type checkers read."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    conditions = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+    unread = [inner for node in conditions if getattr(node.test, "id", "") == "TYPE_CHECKING" for inner in node.body]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and node not in unread:
+            names = {(node.module or alias.name).replace(".", "/") for alias in node.names}
+            places = [path.parents[node.level - 1] / name for name in names]
+            yield from (place / "__init__.py" if place.is_dir() else place.with_suffix(".py") for place in places)
+
+
+def test_imports_go_one_way():
+    """No module imports one that imports it, be it by way of others."""
+    left = {path: set(imported_by(path)) for path in PACKAGE.rglob("*.py")}
+    assert set().union(*left.values()) <= set(left)
+
+    while left:
+        last = [path for path, imported in left.items() if not imported & left.keys()]
+        assert last, sorted(left)
+        for path in last:
+            del left[path]
 
 
 def test_the_import_configures_no_logging():
