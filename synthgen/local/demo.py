@@ -104,8 +104,21 @@ def _respond(request: Request) -> Response:
         prompt = [text for role, text in messages if role == "user"][-1]
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         raise HTTPError(400, "the body must be JSON with 'messages', a list with one of the role 'user'") from None
-    prompt_tokens = sum(_tokens(text) for _, text in messages)
-    return json_response(_completion(asked.get("model"), prompt_tokens, solve(prompt) or _HELP))
+    answer = solve(prompt) or _HELP
+    prompt_tokens, completion_tokens = sum(_tokens(text) for _, text in messages), _tokens(answer)
+    completion = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": asked.get("model"),
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
+    }
+    return json_response(completion)
 
 
 def _text(content: Any) -> str:
@@ -117,22 +130,6 @@ def _text(content: Any) -> str:
 def _tokens(text: str) -> int:
     """About as many tokens as a model would count: words, numbers and marks."""
     return len(re.findall(r"\w+|[^\w\s]", text))
-
-
-def _completion(model: Any, prompt_tokens: int, answer: str) -> Dict[str, Any]:
-    completion_tokens = _tokens(answer)
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
-    }
 
 
 def _error_body(error: HTTPError) -> Any:
