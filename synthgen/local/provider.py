@@ -121,6 +121,7 @@ class Provider:
         self._policy = policy
         self._sockets = _Sockets()
         self._session = requests.Session()
+        self._session.headers["Content-Type"] = "application/json"
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, _Adapter(self._sockets))
@@ -149,18 +150,18 @@ class Provider:
         self._session.close()
 
     def _send(self, method: str, url: str, api_key: Optional[str], body: str) -> requests.Response:
-        host = urlsplit(url).hostname or ""
-        return self._session.request(
+        request = requests.Request(
             method,
             url,
+            headers=self._session.headers,
             data=io.BytesIO(body.encode("ascii")),  # sent piece by piece, not all within the connect time-out
-            headers={"Content-Type": "application/json"},
             auth=partial(_authorize, api_key),
-            proxies={"no_proxy": host} if _is_loopback(host) else None,
-            timeout=(self._policy.connect_timeout, self._policy.read_timeout),
-            allow_redirects=False,
-            stream=True,
-        )
+        ).prepare()
+        host = urlsplit(url).hostname or ""
+        proxies = {"no_proxy": host} if _is_loopback(host) else {}
+        settings = self._session.merge_environment_settings(url, proxies, stream=True, verify=None, cert=None)
+        timeout = (self._policy.connect_timeout, self._policy.read_timeout)
+        return self._session.send(request, timeout=timeout, allow_redirects=False, **settings)
 
 
 def _authorize(api_key: Optional[str], request: requests.PreparedRequest) -> requests.PreparedRequest:
