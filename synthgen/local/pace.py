@@ -21,7 +21,13 @@ _AWAY_AFTER = _DENIED_AFTER = 5
 _LONGEST_PROBE_PAUSE = 60.0
 #: A rate is tried again 30 % higher after so many calls: few when it was measured once, more with each
 #: measure that says the same.
-_FIRST_PATIENCE, _LONGEST_PATIENCE = 3, 500
+_FIRST_PATIENCE, _LONGEST_PATIENCE = 5, 500
+#: Who has to wait for longer, in seconds, or is refused so many times in a row with no word of how long to wait,
+#: is counted by the minute.
+_LONG_WAIT, _LONG_REFUSED = 10.0, 4
+#: One more in a minute is tried after so many minutes; when it was refused, after twice as many, and so on; when
+#: it was let through, after so many. When so many in a row were, it is not by the minute that calls are counted.
+_FIRST_TRY, _NEXT_TRY, _ENOUGH_TRIES = 1.5, 0.7, 3
 #: How far below what a provider says of its limit.
 _MARGIN = 0.98
 #: What threads that wake late may make up for.
@@ -55,9 +61,10 @@ class Estimate(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call that is running: since when, what it takes of the account's tokens, and of the budget."""
+    """A call that is running: since when, what it takes of the account's calls and tokens, and of the budget."""
 
     started_at: float
+    request: List[float]
     tokens: List[float]
     cost: float
 
@@ -86,27 +93,29 @@ class _Turns:
 class _Window:
     """At most so much in any minute: what a provider lets through, whichever way it counts."""
 
-    def __init__(self, limit: float, length: float) -> None:
-        self._limit = limit
+    def __init__(self, limit: Optional[float], length: float) -> None:
+        self._limit = math.inf if limit is None else limit
         self._length = length
         self._entries: Deque[List[float]] = deque()  # when, how much
-        self._taken = 0.0
+        self.taken = 0.0
 
     def add(self, amount: float, now: float) -> List[float]:
-        self._entries.append([now, amount])
-        self._taken += amount
-        return self._entries[-1]
+        entry = [now, amount]
+        self._entries.append(entry)
+        self.taken += amount
+        return entry
 
     def correct(self, entry: List[float], amount: float) -> None:
-        if entry in self._entries:
-            self._taken += amount - entry[1]
+        if self._entries and entry[0] >= self._entries[0][0]:  # it still counts
+            self.taken += amount - entry[1]
             entry[1] = amount
 
-    def delay(self, amount: float, now: float) -> float:
-        entries = self._entries
+    def delay(self, amount: float, now: float, limit: Optional[float] = None) -> float:
+        """How long until there is room for so much, under its own limit and this one."""
+        entries, limit = self._entries, self._limit if limit is None else min(limit, self._limit)
         while entries and entries[0][0] <= now - self._length:
-            self._taken -= entries.popleft()[1]
-        excess = min(amount, self._limit) - self._limit + self._taken
+            self.taken -= entries.popleft()[1]
+        excess = min(amount, limit) - limit + self.taken
         free_at = now
         for started_at, taken in entries:
             if excess <= 1e-6:  # what adding and taking away leaves of nothing
@@ -121,7 +130,8 @@ class Account:
 
     A rate is not known before the provider refuses, or says that its limit is near. Then it is what was let through
     from one refusal to the next, and grows with the calls that are answered: fast while one measure differs from
-    the next, slowly when they agree.
+    the next, slowly when they agree. A provider that refuses for long counts calls by the minute: then as many are
+    made in any minute as were let through in that before the refusal.
 
     Args:
         name: The provider's host, for messages; never the key.
@@ -143,8 +153,8 @@ class Account:
         self.waiting: _Turns = _Turns()
         self._policy = policy
         self._is_counted = limits.tpm is not None or limits.max_cost is not None
-        self._requests = _Window(limits.rpm, policy.window) if limits.rpm else None
-        self._tokens = _Window(limits.tpm, policy.window) if limits.tpm else None
+        self._requests = _Window(limits.rpm, policy.window)
+        self._tokens = _Window(limits.tpm, policy.window)
         self._running = 0
         self._mean_tokens = 0.0
         #: When the next call may start; until when none does, since when not, and why.
@@ -159,6 +169,10 @@ class Account:
         #: Since the last refusal: what was answered, how much of it before the rate was set, and what was sent.
         self._answered = self._answered_before_rate = self._sent = 0
         self._measured = 0
+        #: What is let through in a minute; None for a provider that is not known to count so. When one more is tried,
+        #: how long after a refusal, and how many were since.
+        self._per_minute: Optional[float] = None
+        self._try_at, self._try_after, self._tries = math.inf, 0.0, 0
         self._counted_from = self._ended_at = -math.inf
         #: What calls that started before this say is known already.
         self._refused_at = self._failed_at = -math.inf
@@ -178,25 +192,25 @@ class Account:
             return 0.0
         if self._probe is not None:
             return math.inf
-        delay = self._next_at - now
-        if self._requests:
-            delay = max(delay, self._requests.delay(1, now))
-        if self._tokens:
-            delay = max(delay, self._tokens.delay(self._tokens_of(estimate), now))
-        return max(delay, 0.0)
+        if self._per_minute is None:
+            delay = self._requests.delay(1, now)
+        else:
+            one_more = max(self._requests.delay(1, now, self._per_minute + 1), self._try_at - now)
+            delay = min(self._requests.delay(1, now, self._per_minute), one_more)
+        return max(delay, self._tokens.delay(self._tokens_of(estimate), now), self._next_at - now)
 
     def start(self, estimate: Estimate, cost: float, now: float) -> Call:
         """A call starts."""
-        tokens = self._tokens.add(self._tokens_of(estimate), now) if self._tokens else []
-        call = Call(now, tokens, cost)
+        tokens = self._tokens.add(self._tokens_of(estimate), now)
+        call = Call(now, self._requests.add(1, now), tokens, cost)
         if not self._running and now - max(self._ended_at, self._next_at) > self._policy.window:  # it was idle
-            self._counted_from, self._answered, self._answered_before_rate, self._sent = now, 0, 0, 0
+            self._restart(now)
         self._running += 1
         self._sent += 1
-        if self._requests:
-            self._requests.add(1, now)
         if self._is_probing:
             self._probe = call
+        if self._per_minute is not None and self._requests.taken > self._per_minute:
+            self._count_try(now)
         if self._rate is not None:
             self._next_at = max(self._next_at, now - _CATCH_UP) + 1 / self._current_rate(self._rate)
         return call
@@ -209,8 +223,7 @@ class Account:
             self._probe = None
         if outcome.result is not None and outcome.result.total_tokens:
             self._mean_tokens += (outcome.result.total_tokens - self._mean_tokens) / (8 if self._mean_tokens else 1)
-            if self._tokens:
-                self._tokens.correct(call.tokens, outcome.result.total_tokens)
+            self._tokens.correct(call.tokens, outcome.result.total_tokens)
         if outcome.kind is Kind.REFUSED:
             self._refuse(call, outcome.retry_after, now)
         elif outcome.kind is Kind.FAILED:
@@ -264,17 +277,41 @@ class Account:
     def _refuse(self, call: Call, retry_after: float, now: float) -> None:
         self._failed = self.rounds = 0
         self.is_away = False
+        self._requests.correct(call.request, 0)
         if call.started_at <= self._refused_at:
+            if self._per_minute is not None:
+                self._count_minute()
             self._pause("refuses calls", now, retry_after)
             return
         if not self._refused:
             self._trouble_since = now
         self._refused += 1
-        wait = self._policy.pause(self._refused, retry_after)
-        if self._answered:
-            self._measure(now + wait)
         self._refused_at = now
+        wait = self._policy.pause(self._refused, retry_after)
+        is_long = retry_after > _LONG_WAIT if retry_after else self._refused >= _LONG_REFUSED
+        if self._per_minute is not None or (is_long and self._requests.taken):
+            self._try_after = _FIRST_TRY * self._policy.window if self._per_minute is None else 2 * self._try_after
+            self._try_at, self._tries = now + self._policy.window + self._try_after, 0
+            self._count_minute()
+            wait = max(wait, self._requests.delay(1, now, self._per_minute))
+        elif self._rate is None and self._requests.taken:  # which may have been saved up
+            self._set_rate(1 / wait, _FIRST_PATIENCE)
+            self._restart(now + wait)
+        elif self._answered:
+            self._measure(now + wait)
         self._pause("refuses calls", now, wait)
+
+    def _count_minute(self) -> None:
+        """Let as many calls start in a minute as were let through in the last one."""
+        self._per_minute, self._rate = self._requests.taken or self._per_minute, None
+
+    def _count_try(self, now: float) -> None:
+        """One more than was known to be let through in a minute has started; if it is refused, all is as before."""
+        self._per_minute, self._tries = self._requests.taken, self._tries + 1
+        self._try_at = now + _NEXT_TRY * self._policy.window
+        if self._tries == _ENOUGH_TRIES:
+            self._set_rate(self._per_minute / self._policy.window, _FIRST_PATIENCE)
+            self._per_minute = None
 
     def _measure(self, until: float) -> None:
         """Set the rate to what was let through since the last refusal."""
@@ -289,8 +326,12 @@ class Account:
                 rate = 2 * self._rate
         self._set_rate(max(rate, 1 / self._policy.window), patience)
         self._measured = self._answered
+        self._restart(until)
+
+    def _restart(self, now: float) -> None:
+        """Count from now on."""
         self._answered = self._answered_before_rate = self._sent = 0
-        self._counted_from = until
+        self._counted_from = now
 
     def _fail(self, call: Call, outcome: Outcome, now: float) -> None:
         policy, is_news = self._policy, call.started_at > self._failed_at

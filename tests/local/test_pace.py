@@ -1,8 +1,12 @@
 """A provider's limits: what is paced, what waits, what is given up, and what is spent."""
 
+import heapq
 import json
+import math
+import random
 import threading
 import time
+from collections import deque
 
 import pytest
 from servers import DEADLINE, DROP, Answer
@@ -174,6 +178,87 @@ def test_calls_that_are_refused_whatever_the_rate_do_not_stop_it():
         calls += 1
 
     assert now - 1000 < 2000
+
+
+def fixed(limit, phase):
+    """Lets so many calls through from one full minute to the next."""
+    counts = {}
+
+    def lets_through(now):
+        minute = (now - phase) // 60
+        counts[minute] = counts.get(minute, 0) + 1
+        return counts[minute] <= limit
+
+    return lets_through
+
+
+def sliding(limit, _):
+    """Lets so many calls through in any minute."""
+    let_through = deque([-math.inf] * limit, maxlen=limit)
+
+    def lets_through(now):
+        is_allowed = let_through[0] <= now - 60
+        if is_allowed:
+            let_through.append(now)
+        return is_allowed
+
+    return lets_through
+
+
+def bucket(limit, capacity):
+    """Lets as many calls through as there are tokens, of which so many fit in, and come back in a minute."""
+    level, filled_at = capacity, 0.0
+
+    def lets_through(now):
+        nonlocal level, filled_at
+        level, filled_at = min(level + (now - filled_at) * limit / 60, capacity), now
+        is_allowed = level >= 1
+        level -= is_allowed
+        return is_allowed
+
+    return lets_through
+
+
+def simulated(lets_through, count, workers=16, latency=0.3):
+    """How often calls were refused, with no word of how long to wait, and how long all took, by a clock of its own."""
+    paced, now, running, ended, refused = account(), 1000.0, [], 0, 0
+    while ended < count:
+        while running and running[0][0] <= now:
+            _, _, call, is_let_through = heapq.heappop(running)
+            paced.ended(call, good() if is_let_through else Outcome(Kind.REFUSED), now)
+            ended += is_let_through
+            refused += not is_let_through
+        is_free = len(running) < min(workers, count - ended)
+        delay = paced.delay(Estimate(), now) if is_free else math.inf
+        if delay <= 0:
+            call = paced.start(Estimate(), 0.0, now)
+            end = now + latency * random.uniform(0.9, 1.1)
+            heapq.heappush(running, (end, random.random(), call, lets_through(now + latency / 3)))
+        elif ended < count:
+            now = min(now + delay, running[0][0] if running else math.inf)
+    return refused, now - 1000
+
+
+@pytest.mark.parametrize("limit, count", [(20, 240), (60, 600), (500, 2500)])
+@pytest.mark.parametrize(
+    "kind, detail", [(fixed, 0), (fixed, 7), (fixed, 31), (fixed, 59), (sliding, 0), (bucket, 5), (bucket, 20)]
+)
+def test_a_limit_that_nobody_tells_is_learned(monkeypatch, kind, detail, limit, count):
+    """Whichever way the provider counts, few calls are refused, and little time is lost."""
+    for seed in range(3):
+        monkeypatch.setattr("random.uniform", random.Random(seed).uniform)
+        refused, seconds = simulated(kind(limit, detail), count)
+
+        assert refused <= 0.1 * count
+        assert seconds <= 1.2 * 60 * count / limit
+
+
+def test_a_limit_by_the_minute_that_is_raised_is_found_out():
+    """One call more is tried now and then; when several were let through, the pace is tried anew."""
+    lets_through = [sliding(20, 0), sliding(200, 0)]
+    _, seconds = simulated(lambda now: lets_through[now > 1200](now), 800)
+
+    assert seconds < 1000  # 2,400 at the first limit
 
 
 @pytest.mark.parametrize(
