@@ -51,6 +51,8 @@ class _Task:
         self.result: Optional[Result] = None
         #: Whether identical tasks may have the result.
         self.is_usable = False
+        #: Identical tasks that wait for the result. If they can't have it, two of them are called, for the others.
+        self.followers: List[_Task] = []
 
 
 class Workers:
@@ -89,8 +91,8 @@ class Workers:
         self._repeating: Set[int] = set()
         self._last_error = ""
         self._unstored: Set[int] = set()
-        #: By cache key: the task whose answer is waited for, and who waits.
-        self._leaders: Dict[bytes, Tuple[_Task, List[_Task]]] = {}
+        #: By cache key: the task whose answer the next identical one waits for.
+        self._leaders: Dict[bytes, _Task] = {}
         self._providers = [Provider(policy) for _ in range(count)]
         self._threads: List[threading.Thread] = []
 
@@ -353,18 +355,18 @@ class Workers:
 
     def _admit(self, task: _Task) -> None:
         """Find the way to a task's answer: the cache, an identical task, or a call."""
-        is_led = task.use_cache and task.key in self._leaders
-        if task.use_cache and not is_led:
+        leader = self._leaders.get(task.key) if task.use_cache else None
+        if task.use_cache and leader is None:
             task.result = self._store.cached(task.key)
         self._out[task.id] = task
         self._out_per_batch[batch_number(task.id)] += 1
         if task.result is not None:
             self._store_result(task)
-        elif is_led:
-            self._leaders[task.key][1].append(task)
+        elif leader is not None:
+            leader.followers.append(task)
         else:
             if task.use_cache:
-                self._leaders[task.key] = (task, [])
+                self._leaders[task.key] = task
             self._ready.append(task)
 
     def _let_go(self, task: _Task) -> None:
@@ -377,21 +379,19 @@ class Workers:
             del self._out_per_batch[batch]
         self._repeating.discard(task.id)
         self._unstored.discard(task.id)
-        if self._leaders.get(task.key, (None,))[0] is task:
-            for follower in self._leaders.pop(task.key)[1]:
-                if follower.id in self._out:
-                    self._go_on(follower, task)
-
-    def _go_on(self, follower: _Task, task: _Task) -> None:
-        result = task.result
-        if result is None:  # deleted: the first of its followers is the next leader
-            leader, followers = self._leaders.setdefault(follower.key, (follower, []))
-            (self._ready if leader is follower else followers).append(follower)
-        elif task.is_usable:
-            follower.result = result._replace(cached=True)
-            self._store_result(follower)
-        else:
-            self._ready.append(follower)
+        if self._leaders.get(task.key) is task:
+            del self._leaders[task.key]
+        followers = [follower for follower in task.followers if follower.id in self._out]
+        if task.result is not None and task.is_usable:
+            for follower in followers:
+                follower.result = task.result._replace(cached=True)
+                self._store_result(follower)
+            return
+        parts = [followers] if task.result is None else [followers[::2], followers[1::2]]  # deleted: it was no failure
+        for leader, *followers in filter(None, parts):
+            leader.followers = followers
+            self._leaders[task.key] = leader
+            self._ready.append(leader)
 
 
 def _failure(error: str, duration: int = 0) -> Result:
