@@ -44,6 +44,7 @@ class _Task:
         self.id, self.method, self.url, self.api_key, self.body, self.use_cache, self.track_progress = row
         self.key = _cache_key(self.method, self.url, self.body)
         self.account = account
+        self.group = self.key, account
         self.estimate = account.estimate(self.body)
         self.started_at: Optional[int] = None
         self.call: Optional[Call] = None
@@ -91,8 +92,8 @@ class Workers:
         self._repeating: Set[int] = set()
         self._last_error = ""
         self._unstored: Set[int] = set()
-        #: By cache key: the task whose answer the next identical one waits for.
-        self._leaders: Dict[bytes, _Task] = {}
+        #: By cache key and account: the task whose answer the next identical one waits for.
+        self._leaders: Dict[Tuple[bytes, Account], _Task] = {}
         self._providers = [Provider(policy) for _ in range(count)]
         self._threads: List[threading.Thread] = []
 
@@ -355,7 +356,7 @@ class Workers:
 
     def _admit(self, task: _Task) -> None:
         """Find the way to a task's answer: the cache, an identical task, or a call."""
-        leader = self._leaders.get(task.key) if task.use_cache else None
+        leader = self._leaders.get(task.group) if task.use_cache else None
         if task.use_cache and leader is None:
             task.result = self._store.cached(task.key)
         self._out[task.id] = task
@@ -366,7 +367,7 @@ class Workers:
             leader.followers.append(task)
         else:
             if task.use_cache:
-                self._leaders[task.key] = task
+                self._leaders[task.group] = task
             self._ready.append(task)
 
     def _let_go(self, task: _Task) -> None:
@@ -379,8 +380,8 @@ class Workers:
             del self._out_per_batch[batch]
         self._repeating.discard(task.id)
         self._unstored.discard(task.id)
-        if self._leaders.get(task.key) is task:
-            del self._leaders[task.key]
+        if self._leaders.get(task.group) is task:
+            del self._leaders[task.group]
         followers = [follower for follower in task.followers if follower.id in self._out]
         if task.result is not None and task.is_usable:
             for follower in followers:
@@ -390,7 +391,7 @@ class Workers:
         parts = [followers] if task.result is None else [followers[::2], followers[1::2]]  # deleted: it was no failure
         for leader, *followers in filter(None, parts):
             leader.followers = followers
-            self._leaders[task.key] = leader
+            self._leaders[task.group] = leader
             self._ready.append(leader)
 
 

@@ -135,6 +135,22 @@ def test_identical_tasks_in_flight_are_called_once(serve, model, task):
     assert (batch["completed_tasks"], batch["cached_tasks"]) == (2, 49)
 
 
+def test_an_identical_task_with_another_key_does_not_wait(serve, model, task):
+    """The account of the first may be slow, or no account at all."""
+    hold = threading.Event()
+    model.answers(
+        lambda request: Answer(GOOD, hold=None if request.headers["Authorization"] == "Bearer quick" else hold)
+    )
+    api = serve(workers=2)
+    slow = api.submit(task("same", api_key="slow"))
+    model.wait_for_requests(1)
+    quick = api.submit(task("same", api_key="quick"))
+
+    assert api.wait(quick)["completed_tasks"] == 1
+    hold.set()
+    api.wait(slow)
+
+
 def test_when_the_one_that_was_called_fails_two_others_are_called(api, model, task):
     """They may have better luck; the rest waits for their answers."""
     hold = threading.Event()
