@@ -43,6 +43,7 @@ class Database:
     Args:
         path: Made if it is not there; ``:memory:`` is a private temporary file, gone when closed.
         schema: What makes the tables of a new file.
+        addition: A statement that makes what the files of earlier releases may lack.
         application_id: Tells our files from others (``PRAGMA application_id``).
         version: Of the schema; a file of another one is refused.
 
@@ -50,7 +51,9 @@ class Database:
         ConfigurationError: The file can't be used: it names the file, and why.
     """
 
-    def __init__(self, path: Union[str, "os.PathLike[str]"], schema: str, *, application_id: int, version: int) -> None:
+    def __init__(
+        self, path: Union[str, "os.PathLike[str]"], schema: str, addition: str, *, application_id: int, version: int
+    ) -> None:
         self._readers: Deque[sqlite3.Connection] = deque()
         self._writes: queue.SimpleQueue[Optional[_Write]] = queue.SimpleQueue()
         self._wiped = threading.Event()
@@ -65,6 +68,7 @@ class Database:
                 _create(self._path)
                 self._connection = opened.enter_context(closing(self._connect(timeout=0.2)))
                 self._prepare(schema, application_id, version, "OFF" if is_temporary else "FULL")
+                self._connection.execute(addition)
             except (OSError, sqlite3.Error) as exc:
                 reason = exc.strerror if isinstance(exc, OSError) else exc
                 raise ConfigurationError(f"can't use the database {self._path}: {reason}") from exc

@@ -116,6 +116,8 @@ CREATE TRIGGER batch_deleted AFTER DELETE ON batches BEGIN  -- its uploads may b
 END;
 CREATE TABLE settings (id_prefix TEXT NOT NULL);
 """
+#: What was paid for and is deleted; files of version 1.0.0 have no such table.
+_DELETED = "CREATE TABLE IF NOT EXISTS deleted (prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)"
 
 
 class Conflict(Exception):
@@ -182,7 +184,7 @@ class Store:
 
     def __init__(self, path: Union[str, "os.PathLike[str]"]) -> None:
         schema = f"{_SCHEMA} INSERT INTO settings VALUES ('{secrets.token_hex(8)}');"
-        self._database = Database(path, schema, application_id=_APPLICATION_ID, version=_VERSION)
+        self._database = Database(path, schema, _DELETED, application_id=_APPLICATION_ID, version=_VERSION)
         self._id_prefix: str = self._read("SELECT id_prefix FROM settings")[0]["id_prefix"]
 
     def close(self) -> None:
@@ -243,6 +245,8 @@ class Store:
             if row is None:
                 return None
             task_ids = _task_ids(row["number"])
+            query = "INSERT INTO deleted SELECT prompt_tokens, completion_tokens FROM batches WHERE number = ?"
+            connection.execute(query, (row["number"],))
             connection.execute("DELETE FROM batches WHERE number = ?", (row["number"],))
             connection.execute("DELETE FROM tasks WHERE id >= ? AND id < ?", task_ids)
             self._database.wipe()
@@ -255,6 +259,8 @@ class Store:
         task_id = self._task_id(message_id)
 
         def operation(connection: sqlite3.Connection) -> Optional[int]:
+            query = "INSERT INTO deleted SELECT prompt_tokens, completion_tokens FROM tasks WHERE id = ? AND NOT cached"
+            connection.execute(query, (task_id,))
             if not connection.execute("DELETE FROM tasks WHERE id = ?", (task_id,)).rowcount:
                 return None
             self._database.wipe()
@@ -278,6 +284,13 @@ class Store:
         """The counters of all batches, added up; each 0 where there is none."""
         sums = ", ".join(f"COALESCE(SUM({name}), 0) AS {name}" for name in ["total", *_COUNTERS])
         return self._read(f"SELECT {sums} FROM batches")[0]
+
+    def spent(self) -> Tuple[int, int]:
+        """The prompt and the completion tokens of all calls, those of deleted tasks included."""
+        tokens = "SELECT prompt_tokens AS prompt, completion_tokens AS completion FROM"
+        query = f"SELECT TOTAL(prompt), TOTAL(completion) FROM ({tokens} batches UNION ALL {tokens} deleted)"
+        prompt, completion = self._read(query)[0]
+        return int(prompt), int(completion)
 
     def task(self, message_id: str) -> Optional[sqlite3.Row]:
         """The row of a task, with its ``batch_id``."""

@@ -71,8 +71,7 @@ class Workers:
         self._store = store
         self._policy = policy
         self._limits = limits
-        totals = store.totals()
-        self._budget = Budget(limits, totals["prompt_tokens"], totals["completion_tokens"])
+        self._budget = Budget(limits, *store.spent())
         self._max_out = max(16 * count, _MAX_OUT)
         self._changed = threading.Condition()
         self._closing = threading.Event()

@@ -341,7 +341,7 @@ def test_a_missing_folder_is_refused(serve, database):
 def test_whatever_waits_to_be_written_is_written():
     """However much it is: more waits here than goes into one transaction."""
     hold, count = threading.Event(), 2500
-    database = Database(":memory:", "CREATE TABLE t (a);", application_id=1, version=1)
+    database = Database(":memory:", "CREATE TABLE t (a);", "", application_id=1, version=1)
     database.write(lambda connection: hold.wait(DEADLINE))
     writes = [database.write(lambda connection: connection.execute("INSERT INTO t VALUES (1)")) for _ in range(count)]
     hold.set()

@@ -538,6 +538,21 @@ def test_a_higher_cap_goes_on_where_the_lower_one_stopped(serve, model, task, tm
     assert len(model.requests) == 10
 
 
+def test_what_was_deleted_was_spent(serve, model, task, tmp_path):
+    """A batch or a task, after a restart, too."""
+    settings = {"database": tmp_path / "tasks.db", "max_cost": 10.0, "output_cost": 1000.0}
+    api = serve(**settings)
+    priced(model, 1000)
+    tasks = api.run(*[limited(task, str(number)) for number in range(4)])
+    api.ask("DELETE", f"/api/v1/tasks/{tasks[0]['message_id']}")
+    batch_id = api.submit(*[limited(task, str(number)) for number in range(1, 7)])  # three from the cache
+    api.wait(batch_id)
+    api.ask("DELETE", f"/api/v1/batches/{batch_id}")
+    api.close()
+
+    assert serve(**settings).get("/health")["budget"]["spent"] == 7.0
+
+
 def test_the_client_says_that_the_money_is_used_up(model, monkeypatch):
     """With what was spent, the cap, and how many tasks wait."""
     monkeypatch.setattr("synthgen._waiting._ASK_AFTER", 0.05)
