@@ -166,9 +166,8 @@ class Account:
         #: Calls a second; None for any.
         self._rate: Optional[float] = None
         self._patience = _FIRST_PATIENCE
-        #: Since the last refusal: what was answered, how much of it before the rate was set, and what was sent.
-        self._answered = self._answered_before_rate = self._sent = 0
-        self._measured = 0
+        #: Since the rate was set: what was sent, and what was answered.
+        self._sent = self._answered = 0
         #: What is let through in a minute; None for a provider that is not known to count so. When one more is tried,
         #: how long after a refusal, and how many were since.
         self._per_minute: Optional[float] = None
@@ -204,7 +203,7 @@ class Account:
         tokens = self._tokens.add(self._tokens_of(estimate), now)
         call = Call(now, self._requests.add(1, now), tokens, cost)
         if not self._running and now - max(self._ended_at, self._next_at) > self._policy.window:  # it was idle
-            self._restart(now)
+            self._set_rate(self._rate, self._patience, now)
         self._running += 1
         self._sent += 1
         if self._is_probing:
@@ -212,7 +211,7 @@ class Account:
         if self._per_minute is not None and self._requests.taken > self._per_minute:
             self._count_try(now)
         if self._rate is not None:
-            self._next_at = max(self._next_at, now - _CATCH_UP) + 1 / self._current_rate(self._rate)
+            self._next_at = max(self._next_at, now - _CATCH_UP) + 1 / self._grown(self._rate)
         return call
 
     def ended(self, call: Call, outcome: Outcome, now: float) -> None:
@@ -231,7 +230,7 @@ class Account:
         else:
             self._answer(call, outcome)
         for told in outcome.told:
-            self._heed(told)
+            self._heed(told, now)
 
     def trouble(self, now: float) -> Optional[str]:
         """What is wrong, since when, and until when nothing is called; None where all is well."""
@@ -252,11 +251,12 @@ class Account:
         prompt, limit = estimate
         return max(prompt, self._mean_tokens) if limit is None else prompt + limit
 
-    def _current_rate(self, rate: float) -> float:
-        return rate * (1 + 0.3 * ((self._answered - self._answered_before_rate) / self._patience) ** 2)
+    def _grown(self, rate: float) -> float:
+        return rate * (1 + 0.3 * (self._answered / self._patience) ** 2)
 
-    def _set_rate(self, rate: float, patience: int) -> None:
-        self._rate, self._patience, self._answered_before_rate, self._measured = rate, patience, self._answered, 0
+    def _set_rate(self, rate: Optional[float], patience: int, now: float) -> None:
+        self._rate, self._patience, self._counted_from = rate, patience, now
+        self._sent = self._answered = 0
 
     def _answer(self, call: Call, outcome: Outcome) -> None:
         self._has_answered = True
@@ -265,9 +265,6 @@ class Account:
         if call.started_at > self._refused_at:
             self._answered += 1
             self._refused = 0
-        elif self._rate is not None and self._measured:  # it belongs to the last measure
-            self._rate *= 1 + 1 / self._measured
-            self._measured += 1
         if call.started_at > max(self._refused_at, self._failed_at):
             self._is_probing = False
         self._denied = self._denied + 1 if outcome.kind is Kind.DENIED else 0
@@ -294,11 +291,10 @@ class Account:
             self._try_at, self._tries = now + self._policy.window + self._try_after, 0
             self._count_minute()
             wait = max(wait, self._requests.delay(1, now, self._per_minute))
+        elif self._rate is not None and self._answered:
+            self._measure(self._rate, now + wait)
         elif self._rate is None and self._requests.taken:  # which may have been saved up
-            self._set_rate(1 / wait, _FIRST_PATIENCE)
-            self._restart(now + wait)
-        elif self._answered:
-            self._measure(now + wait)
+            self._set_rate(1 / wait, _FIRST_PATIENCE, now + wait)
         self._pause("refuses calls", now, wait)
 
     def _count_minute(self) -> None:
@@ -310,28 +306,19 @@ class Account:
         self._per_minute, self._tries = self._requests.taken, self._tries + 1
         self._try_at = now + _NEXT_TRY * self._policy.window
         if self._tries == _ENOUGH_TRIES:
-            self._set_rate(self._per_minute / self._policy.window, _FIRST_PATIENCE)
+            self._set_rate(self._per_minute / self._policy.window, _FIRST_PATIENCE, now)
             self._per_minute = None
 
-    def _measure(self, until: float) -> None:
-        """Set the rate to what was let through since the last refusal."""
+    def _measure(self, before: float, until: float) -> None:
+        """Set the rate to what was let through since it was set."""
         seconds = until - self._counted_from
         rate, patience = self._answered / seconds, _FIRST_PATIENCE
-        if self._rate is not None:
-            grown = self._answered - self._answered_before_rate
-            if 0.1 * grown**3 > 0.25 * self._patience**2:  # by so many calls was the rate exceeded
-                if 0.75 < rate / self._rate < 1.33:
-                    patience = min(4 * self._patience, _LONGEST_PATIENCE)
-            elif self._sent > 0.75 * self._rate * seconds:  # no more than before: calls are refused whatever the rate
-                rate = 2 * self._rate
-        self._set_rate(max(rate, 1 / self._policy.window), patience)
-        self._measured = self._answered
-        self._restart(until)
-
-    def _restart(self, now: float) -> None:
-        """Count from now on."""
-        self._answered = self._answered_before_rate = self._sent = 0
-        self._counted_from = now
+        if 0.1 * self._answered**3 > 0.25 * self._patience**2:  # by so many calls was the rate exceeded
+            if 0.75 < rate / before < 1.33:
+                patience = min(4 * self._patience, _LONGEST_PATIENCE)
+        elif self._sent > 0.75 * before * seconds:  # no more than before: calls are refused whatever the rate
+            rate = 2 * before
+        self._set_rate(max(rate, 1 / self._policy.window), patience, until)
 
     def _fail(self, call: Call, outcome: Outcome, now: float) -> None:
         policy, is_news = self._policy, call.started_at > self._failed_at
@@ -355,14 +342,14 @@ class Account:
         self._paused_until = max(self._paused_until, now + seconds)
         self._next_at = max(self._next_at, self._paused_until)
 
-    def _heed(self, told: Told) -> None:
+    def _heed(self, told: Told, now: float) -> None:
         """Slow down to what a provider says of its limit, when that is near."""
         per_call = 1.0 if told.of == "requests" else self._mean_tokens
         if not per_call or told.remaining > per_call * (self._running + 1):
             return
         rate = _MARGIN * (told.limit - told.remaining) / told.full_in / per_call
-        if rate > 0 and (self._rate is None or rate < self._current_rate(self._rate)):
-            self._set_rate(rate, _LONGEST_PATIENCE)
+        if rate > 0 and (self._rate is None or rate < self._grown(self._rate)):
+            self._set_rate(rate, _LONGEST_PATIENCE, now)
 
 
 class Budget:
