@@ -204,7 +204,8 @@ class API:
         row = self._store.batch(batch_id)
         minutes = [dict(minute) for minute in self._store.usage_by_minute(row["number"], since)] if row else []
         processing = self._processing()[row["number"]] if row else {}
-        minutes += [{"minute": started // MINUTE, "processing": 1, "total": 1} for started in processing.values()]
+        running = {"processing_tasks": 1, "total_tasks": 1}
+        minutes += [{"minute": started // MINUTE, **running} for started in processing.values()]
         statistics = {
             "time_range": asked.time_range,
             "interval": asked.interval,
@@ -301,13 +302,9 @@ def _listing(tasks: Iterable[str], **numbers: int) -> bytes:
 
 
 def _parameters(request: Request, *names: str) -> _Parameters:
-    """What a query says of these; what is wrong with it, in FastAPI's words."""
+    """What a query says of these."""
     try:
         return _Parameters.model_validate({name: request.query[name] for name in names if name in request.query})
     except ValidationError as exc:
-        errors: List[Dict[str, Any]] = [{**e, "loc": ["query", *e["loc"]]} for e in exc.errors(include_url=False)]
-    for error in errors:
-        if error["type"] == "enum":  # older versions of pydantic put no spaces in
-            expected = error["ctx"]["expected"].replace("','", "', '")
-            error.update(msg=f"Input should be {expected}", ctx={"expected": expected})
-    raise HTTPError(422, errors)
+        problems = [problem(e["msg"], "query", *e["loc"], kind=e["type"], given=e["input"]) for e in exc.errors()]
+        raise HTTPError(422, problems) from None

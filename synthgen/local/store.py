@@ -329,9 +329,9 @@ class Store:
         """Sums over the tasks that ended from `since` on, for each minute in which any did."""
         first, end = _task_ids(batch)
         query = """
-            SELECT completed_at / 60000000 AS minute, COUNT(*) AS total,
-                   SUM(status = 'COMPLETED' AND NOT cached) AS completed, SUM(status = 'FAILED') AS failed,
-                   SUM(cached) AS cached, SUM(prompt_tokens) AS prompt_tokens,
+            SELECT completed_at / 60000000 AS minute, COUNT(*) AS total_tasks,
+                   SUM(status = 'COMPLETED' AND NOT cached) AS completed_tasks, SUM(status = 'FAILED') AS failed_tasks,
+                   SUM(cached) AS cached_tasks, SUM(prompt_tokens) AS prompt_tokens,
                    SUM(completion_tokens) AS completion_tokens, SUM(total_tokens) AS total_tokens,
                    SUM(duration) AS duration,
                    SUM(CASE WHEN status = 'COMPLETED' THEN duration ELSE 0 END) AS completed_duration

@@ -13,6 +13,7 @@ MINUTE = 60_000_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 #: Minutes in a unit of a time range, its name, how many are allowed, and how long that is.
 _UNITS = {"m": (1, "Minutes", 1440, "24 hours"), "h": (60, "Hours", 720, "30 days"), "d": (1440, "Days", 365, "1 year")}
+_SUMS = ("total_tasks", "completed_tasks", "failed_tasks", "cached_tasks", "total_tokens")
 _UNABBREVIATED = {"1m": "minute", "1h": "hour", "1d": "day", "1w": "week", "1M": "month", "1q": "quarter", "1y": "year"}
 
 
@@ -57,14 +58,8 @@ def time_series(minutes: Iterable[Mapping[str, int]], interval: str) -> List[Dic
     return [
         {
             "timestamp": start.strftime("%Y-%m-%d %H:%M:%S"),
-            "total_tasks": sums["total"],
-            "completed_tasks": sums["completed"],
-            "failed_tasks": sums["failed"],
-            "cached_tasks": sums["cached"],
-            "total_tokens": sums["total_tokens"],
-            "prompt_tokens": sums["prompt_tokens"],
-            "completion_tokens": sums["completion_tokens"],
-            "avg_duration_ms": _ratio(sums["duration"], sums["total"]),
+            **{name: sums[name] for name in (*_SUMS, "prompt_tokens", "completion_tokens")},
+            "avg_duration_ms": _ratio(sums["duration"], sums["total_tasks"]),
             "tokens_per_second": _ratio(1000 * sums["completion_tokens"], sums["duration"], 2),
         }
         for start, sums in sorted(buckets.items())
@@ -77,17 +72,12 @@ def summary(minutes: Iterable[Mapping[str, int]]) -> Dict[str, Any]:
     for minute in minutes:
         sums.update(minute)
     return {
-        "total_tasks": sums["total"],
-        "completed_tasks": sums["completed"],
-        "failed_tasks": sums["failed"],
-        "cached_tasks": sums["cached"],
-        "processing_tasks": sums["processing"],
-        "total_tokens": sums["total_tokens"],
+        **{name: sums[name] for name in (*_SUMS, "processing_tasks")},
         "total_prompt_tokens": sums["prompt_tokens"],
         "total_completion_tokens": sums["completion_tokens"],
-        "average_response_time": _ratio(sums["duration"], sums["total"]),
+        "average_response_time": _ratio(sums["duration"], sums["total_tasks"]),
         "tokens_per_second": _ratio(1000 * sums["completion_tokens"], sums["completed_duration"], 2),
-        "cache_hit_rate": _ratio(100 * sums["cached"], sums["total"], 2),
+        "cache_hit_rate": _ratio(100 * sums["cached_tasks"], sums["total_tasks"], 2),
     }
 
 
