@@ -38,13 +38,7 @@ class _Parameters(BaseModel):
 
 
 class API:
-    """Answers requests.
-
-    Args:
-        store: What is known.
-        workers: What is going on.
-        api_key: What a request must bring.
-    """
+    """Answers requests that bring the key."""
 
     def __init__(self, store: Store, workers: Workers, api_key: str) -> None:
         self._store = store

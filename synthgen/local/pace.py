@@ -133,22 +133,16 @@ class Account:
     the next, slowly when they agree. A provider that refuses for long counts calls by the minute: then as many are
     made in any minute as were let through in that before the refusal.
 
-    Args:
-        name: The provider's host, for messages; never the key.
-        policy: Pauses.
-        limits: What is known of the account from the start.
-
-    Attributes:
-        verdict: Why its tasks are not called any more; None while they are.
-        is_away: Whether it has not answered for several calls in a row; one at a time finds out when it is back.
-        rounds: How often it was tried since it last answered; calls that run at the same time are one try.
-        waiting: The tasks that wait for it.
+    Its name, for messages, is the provider's host; never the key.
     """
 
     def __init__(self, name: str, policy: CallPolicy, limits: Limits) -> None:
         self.name = name
+        #: Why its tasks are not called any more; None while they are.
         self.verdict: Optional[str] = None
+        #: Whether several calls in a row had no answer; one at a time finds out when it is back.
         self.is_away: bool = False
+        #: How often it was tried since it last answered; calls that run at the same time are one try.
         self.rounds: int = 0
         self.waiting: _Turns = _Turns()
         self._policy = policy
@@ -353,13 +347,7 @@ class Account:
 
 
 class Budget:
-    """What was spent, what the calls that run may still cost, and whether there is room for another.
-
-    Args:
-        limits: The cap, and the prices.
-        prompt_tokens: What was paid for before.
-        completion_tokens: The same.
-    """
+    """What was spent, at first on so many tokens, what the calls that run may still cost, and whether there is room."""
 
     def __init__(self, limits: Limits, prompt_tokens: int, completion_tokens: int) -> None:
         self.cap: Optional[float] = limits.max_cost

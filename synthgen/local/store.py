@@ -173,14 +173,7 @@ def _task_ids(batch: int) -> Tuple[int, int]:
 
 
 class Store:
-    """The database, open until `close`.
-
-    Args:
-        path: The file, made if it is not there; ``:memory:`` is a private temporary file, gone when closed.
-
-    Raises:
-        ConfigurationError: The file can't be used: it names the file, and why.
-    """
+    """The database, open until `close`."""
 
     def __init__(self, path: Union[str, "os.PathLike[str]"]) -> None:
         schema = f"{_SCHEMA} INSERT INTO settings VALUES ('{secrets.token_hex(8)}');"

@@ -68,16 +68,7 @@ def json_response(value: Any, status: int = 200, headers: Optional[Mapping[str, 
 
 
 class Request:
-    """What was asked; the body is read when it is asked for.
-
-    Attributes:
-        method: E.g. ``GET``.
-        target: Path and query as they came.
-        path: Percent-decoded.
-        query: The last value of each parameter.
-        headers: Names in any case.
-        body: Reads it, whole.
-    """
+    """What was asked: the target as it came, its path decoded, the last value of each parameter; `body` reads it."""
 
     def __init__(self, method: str, target: str, headers: Message, body: Callable[[], bytes]) -> None:
         path, _, query = target.partition("?")
@@ -254,19 +245,10 @@ class _Connection(BaseHTTPRequestHandler):
 
 
 class WebServer:
-    """Listens, until closed, and gives each request to a function.
+    """Listens at `url`, until closed, and gives each request to a function, in any thread; that may raise `HTTPError`.
 
-    Args:
-        host: The address to listen on.
-        port: 0 takes a free one.
-        respond: Answers a request, in any of the server's threads; may raise `HTTPError`.
-        error_body: The JSON value for an error.
-
-    Attributes:
-        url: Where it listens, with no slash at the end.
-
-    Raises:
-        ConfigurationError: The address can't be listened on.
+    Port 0 takes a free one. `error_body` gives the JSON value for an error. An address that can't be listened on
+    is a ConfigurationError.
     """
 
     def __init__(

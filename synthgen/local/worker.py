@@ -57,14 +57,7 @@ class _Task:
 
 
 class Workers:
-    """Runs every unfinished task of a store, from `start` until `close`.
-
-    Args:
-        store: Where tasks come from, and results go.
-        count: How many calls may run at a time.
-        policy: How calls are made, and made again.
-        limits: What calls must keep to.
-    """
+    """Runs every unfinished task of a store, from `start` until `close`; so many calls run at a time."""
 
     def __init__(self, store: Store, count: int, policy: CallPolicy, limits: Limits) -> None:
         self.count = count
