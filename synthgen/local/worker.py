@@ -1,6 +1,6 @@
 """The threads that run tasks: which one is next, what waits, and what became of each.
 
-Of a batch, only a few tasks are out of the database at a time: ready to be called, being called, waiting
+Of a batch, only a few tasks are out of the database at a time: waiting for their account, being called, waiting
 to be tried again, waiting for an identical task's answer, or waiting for their result to be stored.
 Batches take turns, a few tasks each, so that a small one does not wait for a large one.
 """
@@ -73,10 +73,10 @@ class Workers:
         #: The tasks that are out of the database, by row id, and how many of each batch are.
         self._out: Dict[int, _Task] = {}
         self._out_per_batch: CounterType[int] = Counter()
-        self._ready: Deque[_Task] = deque()
-        #: By provider and a digest of the key; those that tasks wait for; and the tasks that wait for money.
+        #: By provider and a digest of the key; and those that have tasks to call.
         self._accounts: Dict[bytes, Account] = {}
-        self._held: List[Account] = []
+        self._queued: List[Account] = []
+        #: The tasks that wait for money, and those that wait for a moment.
         self._unaffordable: Deque[_Task] = deque()
         self._waiting: List[Tuple[float, int, _Task]] = []
         self._serial = itertools.count()
@@ -209,7 +209,8 @@ class Workers:
             while not self._closing.is_set():
                 moment = time.monotonic()
                 while self._waiting and self._waiting[0][0] <= moment:
-                    self._ready.append(heapq.heappop(self._waiting)[2])
+                    due = heapq.heappop(self._waiting)[2]
+                    (self._queue if due.result is None else self._store_result)(due)
                 task = self._next(moment)
                 if task is not None:
                     self._changed.notify()  # one thread wakes the next, while there is something to do
@@ -222,34 +223,23 @@ class Workers:
 
     def _next(self, moment: float) -> Optional[_Task]:
         """A task that may be called now."""
-        for account in list(self._held):
+        for account in list(self._queued):
             task: Optional[_Task] = account.waiting.first()
-            while task is not None and (task.id not in self._out or self._may_go_on(task, moment)):
+            while task is not None and (task.id not in self._out or account.delay(task.estimate, moment) <= 0):
                 account.waiting.pop()
                 if self._start(task, moment):
                     return task
                 task = account.waiting.first()
             if task is None:
-                self._held.remove(account)
-        while self._ready:
-            task = self._ready.popleft()
-            if task.id in self._out and not self._may_go_on(task, moment):
-                self._hold(task)
-            elif self._start(task, moment):
-                return task
+                self._queued.remove(account)
         return None
 
-    def _may_go_on(self, task: _Task, moment: float) -> bool:
-        """Whether a task need not wait for its account: it may be called, or has a result, if only that it is not."""
-        if task.result is None and task.account.verdict is not None:
-            task.result = _failure(f"not called: {task.account.verdict}")
-        return task.result is not None or task.account.delay(task.estimate, moment) <= 0
-
     def _start(self, task: _Task, moment: float) -> bool:
-        """Take a task to be called, if it was not deleted, has no result, and there is money for it."""
+        """Take a task to be called, if it was not deleted, its account is in order, and there is money for it."""
         if task.id not in self._out:
             return False
-        if task.result is not None:
+        if task.account.verdict is not None:
+            task.result = _failure(f"not called: {task.account.verdict}")
             self._store_result(task)
             return False
         cost = self._budget.reserve(task.estimate)
@@ -260,16 +250,16 @@ class Workers:
         task.started_at = task.started_at or now()
         return True
 
-    def _hold(self, task: _Task) -> None:
-        """Let a task wait for its account."""
+    def _queue(self, task: _Task) -> None:
+        """Let a task wait until its account may be called."""
         task.account.waiting.append(batch_number(task.id), task)
-        if task.account not in self._held:
-            self._held.append(task.account)
+        if task.account not in self._queued:
+            self._queued.append(task.account)
 
     def _idle_time(self, moment: float) -> Optional[float]:
         """How long until there may be something to do."""
         waits = [self._waiting[0][0] - moment] if self._waiting else []
-        for account in self._held:
+        for account in self._queued:
             waits.append(account.delay(account.waiting.first().estimate, moment))
         shortest = min(waits, default=math.inf)
         return min(shortest, threading.TIMEOUT_MAX) if shortest < math.inf else None
@@ -280,8 +270,8 @@ class Workers:
         assert call is not None
         account.ended(call, outcome, time.monotonic())
         self._budget.ended(call.cost, outcome)
-        self._ready.extend(self._unaffordable)
-        self._unaffordable.clear()
+        while self._unaffordable:
+            self._queue(self._unaffordable.popleft())
         error, is_try = outcome.error, outcome.kind is Kind.FAILED
         if is_try and (outcome.is_reached or not account.is_away):  # else it is not the task's fault
             task.tries += 1
@@ -293,7 +283,7 @@ class Workers:
             task.result = outcome.result._replace(duration=outcome.duration)
             self._store_result(task)
         elif outcome.kind is Kind.REFUSED:
-            self._hold(task)
+            self._queue(task)
         elif not is_try:
             task.result = _failure(error, outcome.duration)
             self._store_result(task)
@@ -303,14 +293,14 @@ class Workers:
             status, is_answer, _ = error.partition("): ")  # what the provider said may hold the prompt
             self._last_error = f"{account.name}: {status}" + (")" if is_answer else "")
             if account.is_away:
-                self._hold(task)
+                self._queue(task)
             else:
                 self._postpone(task, self._policy.pause(task.tries, outcome.retry_after))
 
     def _is_out_of_money(self) -> bool:
         """Whether nothing runs, or will, before the cap is higher."""
         is_waiting = any(task.id in self._out for task in self._unaffordable)
-        return is_waiting and not (self._budget.running or self._held or self._ready or self._waiting)
+        return is_waiting and not (self._budget.running or self._queued or self._waiting)
 
     def _account(self, url: str, api_key: Optional[str]) -> Account:
         """The account that a call belongs to."""
@@ -360,7 +350,7 @@ class Workers:
         else:
             if task.use_cache:
                 self._leaders[task.group] = task
-            self._ready.append(task)
+            self._queue(task)
 
     def _let_go(self, task: _Task) -> None:
         """A task has ended, or was deleted: whoever waits for its answer goes on."""
@@ -384,7 +374,7 @@ class Workers:
         for leader, *followers in filter(None, parts):
             leader.followers = followers
             self._leaders[task.group] = leader
-            self._ready.append(leader)
+            self._queue(leader)
 
 
 def _failure(error: str, duration: int = 0) -> Result:
