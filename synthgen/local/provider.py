@@ -15,7 +15,7 @@ import weakref
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from http.client import responses
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Iterator, Mapping, NamedTuple, Optional, Tuple
@@ -122,6 +122,7 @@ class Provider:
         self._sockets = _Sockets()
         self._session = requests.Session()
         self._session.headers["Content-Type"] = "application/json"
+        self._environment = lru_cache(maxsize=64)(self._read_environment)
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, _Adapter(self._sockets))
@@ -157,11 +158,14 @@ class Provider:
             data=io.BytesIO(body.encode("ascii")),  # sent piece by piece, not all within the connect time-out
             auth=partial(_authorize, api_key),
         ).prepare()
+        timeout = (self._policy.connect_timeout, self._policy.read_timeout)
+        return self._session.send(request, timeout=timeout, allow_redirects=False, **self._environment(url))
+
+    def _read_environment(self, url: str) -> Mapping[str, Any]:
+        """The proxies and certificates that the environment has for a URL."""
         host = urlsplit(url).hostname or ""
         proxies = {"no_proxy": host} if _is_loopback(host) else {}
-        settings = self._session.merge_environment_settings(url, proxies, stream=True, verify=None, cert=None)
-        timeout = (self._policy.connect_timeout, self._policy.read_timeout)
-        return self._session.send(request, timeout=timeout, allow_redirects=False, **settings)
+        return self._session.merge_environment_settings(url, proxies, stream=True, verify=None, cert=None)
 
 
 def _authorize(api_key: Optional[str], request: requests.PreparedRequest) -> requests.PreparedRequest:
