@@ -27,7 +27,7 @@ _FIRST_PATIENCE, _LONGEST_PATIENCE = 5, 500
 _LONG_WAIT, _LONG_REFUSED = 10.0, 4
 #: One more in a minute is tried after so many minutes; when it was refused, after twice as many, and so on; when
 #: it was let through, after so many. When so many in a row were, it is not by the minute that calls are counted.
-_FIRST_TRY, _NEXT_TRY, _ENOUGH_TRIES = 1.5, 0.7, 3
+_FIRST_TRY, _NEXT_TRY, _ENOUGH_TRIES = 3.0, 0.7, 3
 #: How far below what a provider says of its limit.
 _MARGIN = 0.98
 #: What threads that wake late may make up for.
