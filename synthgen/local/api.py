@@ -222,17 +222,9 @@ class API:
         """The counters of a batch, or of all; they add up, though the tasks that run are counted a moment later."""
         waiting = row["total"] - row["completed"] - row["failed"] - row["cached"]
         processing = min(processing, waiting)
-        return {
-            "total_tasks": row["total"],
-            "completed_tasks": row["completed"],
-            "failed_tasks": row["failed"],
-            "pending_tasks": waiting - processing,
-            "processing_tasks": processing,
-            "cached_tasks": row["cached"],
-            "total_tokens": row["total_tokens"],
-            "prompt_tokens": row["prompt_tokens"],
-            "completion_tokens": row["completion_tokens"],
-        }
+        counters = {f"{name}_tasks": row[name] for name in ("total", "completed", "failed", "cached")}
+        counters.update(pending_tasks=waiting - processing, processing_tasks=processing)
+        return {**counters, **{name: row[name] for name in ("total_tokens", "prompt_tokens", "completion_tokens")}}
 
     def _batch(self, row: sqlite3.Row, processing: Dict[int, int]) -> Dict[str, Any]:
         counters = self._counters(row, len(processing))
