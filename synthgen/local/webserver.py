@@ -83,10 +83,6 @@ class Request:
 Respond = Callable[[Request], Response]
 
 
-class _Unfinished(ConnectionError):
-    """The client went away, or was too slow, in the middle of a request."""
-
-
 class _Incoming(io.RawIOBase):
     """What a client sends, under one deadline for all reads together."""
 
@@ -154,7 +150,7 @@ class _Connection(BaseHTTPRequestHandler):
             response = self.server.respond(Request(self.command, self.path, self.headers, self.read_body))
         except HTTPError as error:
             response = self._error(error)
-        except _Unfinished:
+        except OSError:  # the client went away, or was too slow, in the middle of its request
             raise
         except Exception as exc:
             _log_failure(exc)
@@ -173,12 +169,9 @@ class _Connection(BaseHTTPRequestHandler):
             self._expects_continue = False
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._incoming.allow(_BODY_SECONDS + size / _BODY_BYTES_PER_SECOND)
-        try:
-            body = self.rfile.read(size)
-        except OSError as exc:
-            raise _Unfinished(str(exc)) from exc
+        body = self.rfile.read(size)
         if len(body) < size:
-            raise _Unfinished(f"{len(body)} of {size} bytes came")
+            raise ConnectionError(f"{len(body)} of {size} bytes came")
         self._unread = 0
         return body
 
