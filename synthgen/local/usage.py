@@ -31,17 +31,14 @@ def parse_time_range(text: str) -> int:
         ValueError: With the framework's words.
     """
     match = re.fullmatch(r"([0-9]{1,9})([mhd])", text)
-    count, unit = (int(match.group(1)), match.group(2)) if match else (0, "m")
-    size, name, highest, longest = _UNITS[unit]
-    if not match:
+    if match:
+        count, (size, name, highest, longest) = int(match.group(1)), _UNITS[match.group(2)]
+        if 0 < count <= highest:
+            return count * size * MINUTE
+        message = f"{name} should not exceed {highest} ({longest})" if count else "Time range value must be positive"
+    else:
         form = "'Xm', 'Xh', or 'Xd' where X is a positive number and m=minutes, h=hours, d=days"
         message = f"Time range must be in format {form}"
-    elif count < 1:
-        message = "Time range value must be positive"
-    elif count > highest:
-        message = f"{name} should not exceed {highest} ({longest})"
-    else:
-        return count * size * MINUTE
     raise ValueError(
         f"1 validation error for TimeRange\ntime_range\n  Value error, {message} "
         f"[type=value_error, input_value={text!r}, input_type=str]\n"
