@@ -25,9 +25,9 @@ _FIRST_PATIENCE, _LONGEST_PATIENCE = 5, 500
 #: Who has to wait for longer, in seconds, or is refused so many times in a row with no word of how long to wait,
 #: is counted by the minute.
 _LONG_WAIT, _LONG_REFUSED = 10.0, 4
-#: One more in a minute is tried after so many minutes; when it was refused, after twice as many, and so on; when
-#: it was let through, after so many. When so many in a row were, it is not by the minute that calls are counted.
-_FIRST_TRY, _NEXT_TRY, _ENOUGH_TRIES = 3.0, 0.7, 3
+#: One call more in a minute is tried soon; if it is refused, later, and then after three times as long. When so many
+#: were let through, none too long after the other, calls are not counted by the minute. Pauses are in minutes.
+_SOON, _LATER, _ENOUGH_TRIES, _LONGEST_BETWEEN = 0.1, 2.5, 3, 0.7
 #: How far below what a provider says of its limit.
 _MARGIN = 0.98
 #: What threads that wake late may make up for.
@@ -271,7 +271,7 @@ class Account:
         self._requests.correct(call.request, 0)
         if call.started_at <= self._refused_at:
             if self._per_minute is not None:
-                self._count_minute()
+                self._count_minute(self._refused_at)
             self._pause("refuses calls", now, retry_after)
             return
         if not self._refused:
@@ -281,9 +281,13 @@ class Account:
         wait = self._policy.pause(self._refused, retry_after)
         is_long = retry_after > _LONG_WAIT if retry_after else self._refused >= _LONG_REFUSED
         if self._per_minute is not None or (is_long and self._requests.taken):
-            self._try_after = _FIRST_TRY * self._policy.window if self._per_minute is None else 2 * self._try_after
-            self._try_at, self._tries = now + self._policy.window + self._try_after, 0
-            self._count_minute()
+            window = self._policy.window
+            if self._per_minute is None:
+                self._try_after = _SOON * window
+                self._count_minute(now)
+            elif self._refused == 1:  # else nothing was let through since
+                self._try_after = max(3 * self._try_after, _LATER * window)
+                self._count_minute(now)
             wait = max(wait, self._requests.delay(1, now, self._per_minute))
         elif self._rate is not None and self._answered:
             self._measure(self._rate, now + wait)
@@ -291,14 +295,15 @@ class Account:
             self._set_rate(1 / wait, _FIRST_PATIENCE, now + wait)
         self._pause("refuses calls", now, wait)
 
-    def _count_minute(self) -> None:
+    def _count_minute(self, now: float) -> None:
         """Let as many calls start in a minute as were let through in the last one."""
         self._per_minute, self._rate = self._requests.taken or self._per_minute, None
+        self._try_at, self._tries = now + self._policy.window + self._try_after, 0
 
     def _count_try(self, now: float) -> None:
         """One more than was known to be let through in a minute has started; if it is refused, all is as before."""
         self._per_minute, self._tries = self._requests.taken, self._tries + 1
-        self._try_at = now + _NEXT_TRY * self._policy.window
+        self._try_at = now + min(self._try_after, _LONGEST_BETWEEN * self._policy.window)
         if self._tries == _ENOUGH_TRIES:
             self._set_rate(self._per_minute / self._policy.window, _FIRST_PATIENCE, now)
             self._per_minute = None

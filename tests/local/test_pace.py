@@ -253,6 +253,15 @@ def test_a_limit_that_nobody_tells_is_learned(monkeypatch, kind, detail, limit, 
         assert seconds <= 1.2 * 60 * count / limit
 
 
+@pytest.mark.parametrize("start, end", [(5, 15), (5, 65), (100, 110), (100, 160)])
+def test_a_provider_that_has_too_much_to_do_is_soon_called_as_before(start, end):
+    """It refuses everything for some time, with no word of how long: that is no limit by the minute."""
+    refused, seconds = simulated(lambda now: not start < now - 1000 < end, 20_000)
+
+    assert refused < 30
+    assert seconds < 20_000 / 16 * 0.3 + (end - start) + 120
+
+
 def test_a_limit_by_the_minute_that_is_raised_is_found_out():
     """One call more is tried now and then; when several were let through, the pace is tried anew."""
     lets_through = [sliding(20, 0), sliding(200, 0)]
