@@ -7,7 +7,6 @@ Batches take turns, a few tasks each, so that a small one does not wait for a la
 
 import hashlib
 import heapq
-import itertools
 import json
 import logging
 import math
@@ -79,7 +78,6 @@ class Workers:
         #: The tasks that wait for money, and those that wait for a moment.
         self._unaffordable: Deque[_Task] = deque()
         self._waiting: List[Tuple[float, int, _Task]] = []
-        self._serial = itertools.count()
         #: Tasks whose call failed and will be made again, and why the last of them failed.
         self._repeating: Set[int] = set()
         self._last_error = ""
@@ -196,11 +194,6 @@ class Workers:
                 self._postpone(task, _AGAIN)
             self._changed.notify()
 
-    def _postpone(self, task: _Task, seconds: float) -> None:
-        with self._changed:
-            heapq.heappush(self._waiting, (time.monotonic() + seconds, next(self._serial), task))
-            self._changed.notify()
-
     def _take(self, called: Optional[_Task], outcome: Optional[Outcome]) -> Optional[_Task]:
         """The next task to call, after what has become of the last one; None when closing, which breaks calls off."""
         with self._changed:
@@ -255,6 +248,9 @@ class Workers:
         task.account.waiting.append(batch_number(task.id), task)
         if task.account not in self._queued:
             self._queued.append(task.account)
+
+    def _postpone(self, task: _Task, seconds: float) -> None:
+        heapq.heappush(self._waiting, (time.monotonic() + seconds, task.id, task))
 
     def _idle_time(self, moment: float) -> Optional[float]:
         """How long until there may be something to do."""
