@@ -4,7 +4,6 @@ An account is a provider's scheme, host and port, with a key: what providers cou
 what becomes of each call, under the workers' lock. Times are in seconds, by ``time.monotonic()``.
 """
 
-import json
 import math
 import time
 from collections import OrderedDict, deque
@@ -172,12 +171,9 @@ class Account:
         self._has_answered = False
         self._failed = self._refused = self._denied = 0
 
-    def estimate(self, body: str) -> Estimate:
+    def estimate(self, body: Any) -> Estimate:
         """What a call may take, as far as anybody wants to know."""
-        if not self._is_counted:
-            return Estimate()
-        content = json.loads(body)
-        return Estimate(to_tokens(prompt_characters(content)), output_limit(content))
+        return Estimate(to_tokens(prompt_characters(body)), output_limit(body)) if self._is_counted else Estimate()
 
     def delay(self, estimate: Estimate, now: float) -> float:
         """How long until a call may start; infinite while that depends on one that is running."""

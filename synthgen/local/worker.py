@@ -41,10 +41,12 @@ class _Task:
 
     def __init__(self, row: sqlite3.Row, account: Account) -> None:
         self.id, self.method, self.url, self.api_key, self.body, self.use_cache, self.track_progress = row
-        self.key = _cache_key(self.method, self.url, self.body)
+        body = json.loads(self.body)
+        name = self.url if self.method == "POST" else f"{self.method} {self.url}"
+        self.key = hashlib.sha256(f"{name}\n{json.dumps(body, sort_keys=True)}".encode()).digest()
         self.account = account
         self.group = self.key, account
-        self.estimate = account.estimate(self.body)
+        self.estimate = account.estimate(body)
         self.started_at: Optional[int] = None
         self.call: Optional[Call] = None
         self.tries = 0
@@ -375,9 +377,3 @@ class Workers:
 
 def _failure(error: str, duration: int = 0) -> Result:
     return Result(False, json.dumps({"error": error}), duration)
-
-
-def _cache_key(method: str, url: str, body: str) -> bytes:
-    canonical = json.dumps(json.loads(body), sort_keys=True)
-    name = url if method == "POST" else f"{method} {url}"
-    return hashlib.sha256(f"{name}\n{canonical}".encode()).digest()
