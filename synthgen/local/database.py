@@ -38,17 +38,11 @@ class _Write(NamedTuple):
 
 
 class Database:
-    """The file, open until `close`. Only its owner can read it, and only one `Database` at a time can have it open.
+    """The file, open until `close`: made if it is not there; ``:memory:`` is a temporary one, gone when closed.
 
-    Args:
-        path: Made if it is not there; ``:memory:`` is a private temporary file, gone when closed.
-        schema: What makes the tables of a new file.
-        addition: A statement that makes what the files of earlier releases may lack.
-        application_id: Tells our files from others (``PRAGMA application_id``).
-        version: Of the schema; a file of another one is refused.
-
-    Raises:
-        ConfigurationError: The file can't be used: it names the file, and why.
+    Only its owner can read it, and only one `Database` at a time can have it open. The schema makes the tables of a
+    new file, the addition what those of earlier releases lack. A file that can't be used, that of another
+    application or version of the schema among them, is a ConfigurationError that says why.
     """
 
     def __init__(
