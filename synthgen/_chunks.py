@@ -1,6 +1,7 @@
 """Tasks, cut into uploads."""
 
-from itertools import chain
+import math
+from itertools import chain, repeat
 from typing import Any, Iterable, Iterator, List, Tuple
 
 from .models import Task, TaskResponse
@@ -13,29 +14,39 @@ _MAX_BYTES = 8 * 1024 * 1024
 class Chunks:
     """Cuts tasks into uploads, bounded by number and by bytes, and knows what it has not given out.
 
+    Args:
+        tasks: The tasks; read once.
+        size: The most tasks in an upload.
+        counts: How many tasks the first uploads have, however they were cut.
+
     Attributes:
         unsent: The tasks read from the iterable, and not given out.
     """
 
-    def __init__(self, tasks: Iterable[Task], size: int) -> None:
-        self._tasks, self._size = iter(tasks), size
+    def __init__(self, tasks: Iterable[Task], size: int, counts: Iterable[int] = ()) -> None:
+        self._tasks = iter(tasks)
+        self._limits = chain(((count, math.inf) for count in counts), repeat((size, _MAX_BYTES)))
         self._is_list = isinstance(tasks, (list, tuple))
         self.unsent: List[Task] = []
 
     def __iter__(self) -> Iterator[Tuple[List[Task], bytes]]:
         lines: List[bytes] = []
         length = 0
-        for index, task in enumerate(self._tasks):
-            self.unsent.append(task)
-            line = as_task(task, index).to_line()
-            if lines and length + len(line) >= _MAX_BYTES:
+        most, most_bytes = next(self._limits)
+        for index, item in enumerate(self._tasks):
+            self.unsent.append(item)
+            self.unsent[-1] = task = as_task(item, index)
+            line = task.to_line()
+            if lines and length + len(line) >= most_bytes:
                 yield self._cut(lines)
                 lines, length = [], 0
+                most, most_bytes = next(self._limits)
             lines.append(line)
             length += len(line) + 1
-            if len(lines) >= self._size:
+            if len(lines) >= most:
                 yield self._cut(lines)
                 lines, length = [], 0
+                most, most_bytes = next(self._limits)
         if lines:
             yield self._cut(lines)
 

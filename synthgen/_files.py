@@ -1,4 +1,4 @@
-"""A file that is written beside its place, and takes it when all is in it."""
+"""Files that no other process shall meddle with: written beside their place, and moved there; or held."""
 
 import errno
 import glob
@@ -9,7 +9,7 @@ import uuid
 from contextlib import contextmanager, suppress
 from typing import IO, Any, BinaryIO, Iterator, Union
 
-__all__ = ["replacing"]
+__all__ = ["hold", "replacing"]
 
 
 @contextmanager
@@ -22,13 +22,13 @@ def replacing(path: Union[str, "os.PathLike[str]"]) -> Iterator[BinaryIO]:
         raise OSError(errno.EINVAL, "there is something else than a file", target)
     for left in glob.glob(f"{glob.escape(target)}.*.part"):  # by a process that was killed, if nobody holds it
         with suppress(OSError), open(left, "ab") as file:
-            _hold(file)
+            hold(file)
             os.unlink(left)
     part = f"{target}.{uuid.uuid4().hex[:8]}.part"
     try:
         with open(part, "xb") as file:
             with suppress(OSError):  # where the file system knows no locks, nothing is removed above
-                _hold(file)
+                hold(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -41,8 +41,8 @@ def replacing(path: Union[str, "os.PathLike[str]"]) -> Iterator[BinaryIO]:
         raise
 
 
-def _hold(file: IO[Any]) -> None:
-    """Keep an open file from every other `_hold`, until it is closed or the process ends.
+def hold(file: IO[Any]) -> None:
+    """Keep an open file from every other `hold`, until it is closed or the process ends.
 
     Raises:
         OSError: It is held already.

@@ -7,16 +7,66 @@ custom_id, URL and method where the server gives them; alike in those too, they 
 import hashlib
 import json
 from collections import defaultdict
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
 
 from pydantic_core import to_json
 
 from .models import Task, TaskResponse, TaskStatus, as_json
 
-__all__ = ["match", "result_digest", "task_digest"]
+__all__ = ["Name", "ResultList", "match", "result_digest", "result_name", "share_out", "task_digest", "task_name"]
 
 #: custom_id, URL, method.
-_Name = Tuple[Optional[str], Optional[str], Optional[str]]
+Name = Tuple[Optional[str], Optional[str], Optional[str]]
+_T = TypeVar("_T")
+
+
+class ResultList:
+    """Tasks and their results, in memory.
+
+    Args:
+        tasks: The tasks; without them results are taken as they come.
+
+    Attributes:
+        tasks: How many there are; None without them.
+    """
+
+    needs_source = False
+
+    def __init__(self, tasks: Optional[Sequence[Task]]) -> None:
+        self._tasks = tasks
+        self.tasks = None if tasks is None else len(tasks)
+        self._results: Sequence[Optional[TaskResponse]] = [None] * (self.tasks or 0)
+
+    def noting(self, tasks: Iterable[Task]) -> Iterable[Task]:
+        """The same tasks: they are known."""
+        return tasks
+
+    def match(
+        self,
+        results: Iterable[Tuple[TaskResponse, bytes]],
+        look_up: Callable[[List[str]], Iterable[Optional[TaskResponse]]],
+    ) -> Tuple[int, int]:
+        """Sort results to the tasks, in place of those of an earlier call; see `ResultFile.match`."""
+
+        def name(unnamed: List[TaskResponse]) -> List[TaskResponse]:
+            found = look_up([result.message_id for result in unnamed])
+            return [named or result for named, result in zip(found, unnamed)]
+
+        received = (result for result, _ in results)
+        surplus = 0
+        if self._tasks is None:
+            self._results = list(received)
+        else:
+            self._results, surplus = match(self._tasks, received, name)
+        return sum(result is not None for result in self._results), surplus
+
+    def __iter__(self) -> Iterator[TaskResponse]:
+        """Each result, in the order of the tasks, with its task's custom_id."""
+        return (result for result in self._results if result is not None)
+
+    def missing(self) -> Iterator[int]:
+        """The position of each task without a result."""
+        return (position for position, result in enumerate(self._results) if result is None)
 
 
 def match(
@@ -58,27 +108,26 @@ def _match_any(
         if digest in alike:
             candidates.setdefault(digest, []).append(result)
 
-    names = list(map(_name, tasks))
+    names = list(map(task_name, tasks))
     unnamed = [
         result
         for digest, found in candidates.items()
         if len({names[index] for index in alike[digest]}) > 1
         for result in found
-        if "custom_id" not in result.model_fields_set
+        if result_name(result) is None
     ]
     looked_up = {result.message_id: result for result in look_up(unnamed)} if unnamed else {}
 
     matched: List[Optional[TaskResponse]] = [None] * len(tasks)
     for digest, found in candidates.items():
         found = [looked_up.get(result.message_id, result) for result in found]
-        for index, one in zip(alike[digest], _share_out([names[index] for index in alike[digest]], found)):
+        named = ((result_name(result), result.ok, result) for result in found)
+        for index, one in zip(alike[digest], share_out([names[index] for index in alike[digest]], named)):
             matched[index] = one
     return matched
 
 
-def _match_one_to_one(
-    tasks: Sequence[Task], results: Sequence[TaskResponse]
-) -> Optional[List[Optional[TaskResponse]]]:
+def _match_one_to_one(tasks: Sequence[Task], results: Sequence[TaskResponse]) -> Optional[List[Optional[TaskResponse]]]:
     """What `match` gives where no two tasks are alike and each has one result, as it was sent: mostly, and quicker.
 
     None where it is otherwise, keys in another order included: then some task is left without a result.
@@ -89,14 +138,20 @@ def _match_one_to_one(
     matched: List[Optional[TaskResponse]] = [None] * len(tasks)
     for result in results:
         index = places.pop(_hash(result), None)
-        if index is None or ("custom_id" in result.model_fields_set and _name(result) != _name(tasks[index])):
+        if index is None or result_name(result) not in (None, task_name(tasks[index])):
             return None
         matched[index] = result
     return matched
 
 
-def _name(one: Union[Task, TaskResponse]) -> _Name:
+def task_name(one: Union[Task, TaskResponse]) -> Name:
+    """What tells tasks apart that are alike in all else."""
     return one.custom_id, one.url, one.method
+
+
+def result_name(result: TaskResponse) -> Optional[Name]:
+    """The same of a result, as far as the server told it; None where it did not."""
+    return task_name(result) if "custom_id" in result.model_fields_set else None
 
 
 def _hash(one: Union[Task, TaskResponse]) -> Optional[int]:
@@ -131,13 +186,17 @@ def _sorted(value: Any) -> Any:
     return list(map(_sorted, value)) if isinstance(value, list) else value
 
 
-def _share_out(names: Sequence[_Name], results: Sequence[TaskResponse]) -> List[Optional[TaskResponse]]:
-    """One result for each name of tasks that are alike in all else; of several, one that completed."""
-    by_name: Dict[Optional[_Name], List[TaskResponse]] = defaultdict(list)
-    for result in sorted(results, key=lambda result: result.ok):  # pop() takes from the end
-        is_named = "custom_id" in result.model_fields_set
-        by_name[_name(result) if is_named else None].append(result)
-    shared: List[Optional[TaskResponse]] = []
+def share_out(names: Sequence[Name], results: Iterable[Tuple[Optional[Name], bool, _T]]) -> List[Optional[_T]]:
+    """One result for each name of tasks that are alike in all else; of several, one that completed.
+
+    Args:
+        names: The tasks'.
+        results: The name of each, if the server told it, and whether it completed.
+    """
+    by_name: Dict[Optional[Name], List[_T]] = defaultdict(list)
+    for name, _, result in sorted(results, key=lambda one: one[1]):  # pop() takes from the end
+        by_name[name].append(result)
+    shared: List[Optional[_T]] = []
     for name in names:
         keys = (name, (name[0], None, None), None)  # the framework gives a custom_id alone, or none of them
         shared.append(next((by_name[key].pop() for key in keys if by_name[key]), None))

@@ -23,16 +23,24 @@ from .exceptions import (
 from .models import Batch, BatchCost, HealthResponse, HealthStatus
 from .monitor import Monitor
 
-__all__ = ["AWAY_ERRORS", "BatchWait", "describe_queues"]
+__all__ = [
+    "AWAY_ERRORS",
+    "LONGEST_POLL",
+    "SETTLED_AFTER",
+    "BatchWait",
+    "describe_queues",
+    "has_no_index",
+    "knows_queues",
+]
 
 _FIRST_PAUSE = 0.1
 #: How long nothing may move before the server is asked whether it knows of trouble.
 _ASK_AFTER = 10.0
 _PAUSE_GROWTH = 1.5
 #: Counts lag behind by the framework's index refresh, 5 s: a total that was the same for longer is final.
-_SETTLED_AFTER = 6.0
+SETTLED_AFTER = 6.0
 #: How long one poll waits for bytes; less before a deadline, but the last one, too, needs time for an answer.
-_LONGEST_POLL = 30.0
+LONGEST_POLL = 30.0
 _SHORTEST_POLL = 1.0
 #: After these the server is away, and may be back at the next poll.
 AWAY_ERRORS = (ConnectionFailedError, InvalidResponseError, RateLimitError, ServerError)
@@ -81,7 +89,7 @@ class BatchWait:
         self._poll_interval = poll_interval
         self._deadline = deadline
         if stall_timeout is not None and submitted is None:
-            stall_timeout = max(stall_timeout, _SETTLED_AFTER)  # until then a batch that is done stands still, too
+            stall_timeout = max(stall_timeout, SETTLED_AFTER)  # until then a batch that is done stands still, too
         self._stall_timeout = stall_timeout
 
         self.batch: Optional[Batch] = None
@@ -126,7 +134,7 @@ class BatchWait:
     def came_early(self) -> None:
         """Results were missing although the counts add up: let the counts move, or some time pass, first."""
         self._early += 1
-        self._not_before = time.monotonic() + min(2.0**self._early, _LONGEST_POLL)
+        self._not_before = time.monotonic() + min(2.0**self._early, LONGEST_POLL)
 
     def is_server_there(self) -> bool:
         """Whether the server answers, after it did not; if it does not, `wait` waits for it."""
@@ -136,12 +144,12 @@ class BatchWait:
     def _poll(self) -> None:
         self._retry_after = 0.0
         try:
-            self.batch = self._get_batch(min(_LONGEST_POLL, max(self._time_left(), _SHORTEST_POLL)))
+            self.batch = self._get_batch(min(LONGEST_POLL, max(self._time_left(), _SHORTEST_POLL)))
         except NotFoundError:
             if self.batch is not None:  # else: not ingested yet
                 raise
         except AWAY_ERRORS as exc:
-            if self.batch is not None or not _has_no_index(exc):  # else: not ingested yet
+            if self.batch is not None or not has_no_index(exc):  # else: not ingested yet
                 self._went_away(exc)
                 return
         now = time.monotonic()
@@ -176,10 +184,10 @@ class BatchWait:
                 and batch.finished_tasks >= self._submitted
                 and now >= self._not_before
             )
-        if (batch is not None and not batch.done) or now - max(self._moved_at, self._not_before) < _SETTLED_AFTER:
+        if (batch is not None and not batch.done) or now - max(self._moved_at, self._not_before) < SETTLED_AFTER:
             return False
         health = self._health()
-        if health is None or not _knows_queues(health) or health.services.batch_queue_messages:
+        if health is None or not knows_queues(health) or health.services.batch_queue_messages:
             return False
         if batch is None:
             raise self._unknown_batch()
@@ -220,7 +228,7 @@ class BatchWait:
             return None
         health = self._health()
         waiting = self.waiting
-        if health is not None and _knows_queues(health):
+        if health is not None and knows_queues(health):
             if not waiting and not health.services.batch_queue_messages:
                 if self._submitted is None and self.batch is None:
                     raise self._unknown_batch()
@@ -284,12 +292,12 @@ def _counters(batch: Optional[Batch]) -> Optional[Tuple[int, ...]]:
     )
 
 
-def _has_no_index(error: APIError) -> bool:
+def has_no_index(error: APIError) -> bool:
     """Whether the framework is new: any read fails until it has ingested its first task."""
     return "index_not_found_exception" in error.message
 
 
-def _knows_queues(health: HealthResponse) -> bool:
+def knows_queues(health: HealthResponse) -> bool:
     """Whether what it says of the queues is so: with RabbitMQ down the framework calls them empty."""
     return health.services.rabbitmq != HealthStatus.UNHEALTHY
 
@@ -298,7 +306,7 @@ def describe_queues(health: Optional[HealthResponse]) -> str:
     """The two queues in words, as far as the server tells."""
     if health is None:
         return "the server does not tell its health"
-    if not _knows_queues(health):
+    if not knows_queues(health):
         return "RabbitMQ is down, and nothing known of its queues"
     services = health.services
     queues = (

@@ -16,6 +16,7 @@ from typing import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
+    BinaryIO,
     Callable,
     Coroutine,
     Deque,
@@ -55,6 +56,7 @@ _UNLIMITED = 1_000_000
 #: How many tasks of a stream are read before the first of them is taken.
 _READ_AHEAD = 100
 
+_Path = Union[str, "os.PathLike[str]"]
 _Tasks = Union[Iterable[Task], AsyncIterable[Task]]
 _Class = TypeVar("_Class", bound=type)
 _Result = TypeVar("_Result")
@@ -90,7 +92,7 @@ class AsyncSynthgenClient:
         base_url: Optional[str] = None,
         api_key: Optional[str] = None,
         timeout: Optional[float] = None,
-        config_file: Optional[Union[str, "os.PathLike[str]"]] = None,
+        config_file: Optional[_Path] = None,
         *,
         retries: int = 5,
         backoff_factor: float = 0.5,
@@ -147,11 +149,17 @@ class AsyncSynthgenClient:
         batch_id: Optional[str] = None,
         idempotency_key: Optional[str] = None,
         monitor: Optional[Monitor] = None,
+        checkpoint: Optional[_Path] = None,
     ) -> BulkTaskResponse:
         return await self._run(
             lambda client: client.create_batch(
-                client.iterable(tasks), chunk_size, batch_id=batch_id, idempotency_key=idempotency_key, monitor=monitor
-            )
+                client.iterable(tasks),
+                chunk_size,
+                batch_id=batch_id,
+                idempotency_key=idempotency_key,
+                monitor=monitor,
+                checkpoint=checkpoint,
+            ),
         )
 
     async def monitor_batch(
@@ -167,6 +175,7 @@ class AsyncSynthgenClient:
         stall_timeout: Optional[float] = 300.0,
         show_progress: bool = True,
         monitor: Optional[Monitor] = None,
+        checkpoint: Optional[_Path] = None,
     ) -> List[TaskResponse]:
         return await self._run(
             lambda client: client.monitor_batch(
@@ -180,6 +189,40 @@ class AsyncSynthgenClient:
                 stall_timeout=stall_timeout,
                 show_progress=show_progress,
                 monitor=monitor,
+                checkpoint=checkpoint,
+            ),
+        )
+
+    async def run_batch(
+        self,
+        tasks: _Tasks,
+        path: Union[_Path, BinaryIO],
+        batch_id: Optional[str] = None,
+        cost_by_1m_input_token: float = 0.0,
+        cost_by_1m_output_token: float = 0.0,
+        *,
+        chunk_size: int = 1000,
+        poll_interval: float = 2.0,
+        timeout: Optional[float] = None,
+        stall_timeout: Optional[float] = 300.0,
+        show_progress: bool = True,
+        monitor: Optional[Monitor] = None,
+        checkpoint: Optional[_Path] = None,
+    ) -> Batch:
+        return await self._run(
+            lambda client: client.run_batch(
+                client.iterable(tasks),
+                path,
+                batch_id,
+                cost_by_1m_input_token,
+                cost_by_1m_output_token,
+                chunk_size=chunk_size,
+                poll_interval=poll_interval,
+                timeout=timeout,
+                stall_timeout=stall_timeout,
+                show_progress=show_progress,
+                monitor=monitor,
+                checkpoint=checkpoint,
             ),
         )
 
@@ -207,7 +250,7 @@ class AsyncSynthgenClient:
     async def export_batch(
         self,
         batch_id: str,
-        path: Union[str, "os.PathLike[str]"],
+        path: _Path,
         task_status: Optional[Union[TaskStatus, str]] = None,
         *,
         monitor: Optional[Monitor] = None,

@@ -9,12 +9,30 @@ import logging
 import os
 import time
 import uuid
+from collections import deque
 from collections.abc import Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from itertools import count
-from typing import Any, Dict, Generator, Iterable, Iterator, List, NoReturn, Optional, Set, Tuple, Type, TypeVar, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    BinaryIO,
+    Dict,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    NoReturn,
+    Optional,
+    Set,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
 from urllib.parse import quote
 
 import requests
@@ -23,18 +41,20 @@ from requests.adapters import HTTPAdapter
 from urllib3.filepost import encode_multipart_formdata
 
 from ._answers import WIRE_ERRORS, asked_pause, check_status, no_answer, parse, read_json
-from ._chunks import Chunks, as_task
+from ._checkpoint import Checkpoint
+from ._chunks import as_task
 from ._config import read_config
 from ._files import replacing
-from ._matching import match
+from ._matching import ResultList
+from ._read_back import ReadBack
 from ._retry import LONGEST_RETRY_AFTER, backoff_time, innermost, may_have_arrived, never_sent, pausing, retry_policy
 from ._stream import iter_tasks
+from ._uploads import Upload
 from ._version import __version__
-from ._waiting import AWAY_ERRORS, BatchWait, describe_queues
+from ._waiting import AWAY_ERRORS, LONGEST_POLL, BatchWait, describe_queues
 from .exceptions import (
     APIError,
     BatchIncompleteError,
-    BatchUploadError,
     ConnectionFailedError,
     InvalidResponseError,
     NotFoundError,
@@ -58,6 +78,9 @@ from .models import (
 )
 from .monitor import GuardedMonitor, Monitor, choose_monitor
 
+if TYPE_CHECKING:
+    from ._results import ResultFile
+
 __all__ = ["SynthgenClient"]
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -71,8 +94,32 @@ _READ_BYTES = 256 * 1024
 _IDLE_CONNECTIONS = 64  # kept for so many threads
 _LOOK_UPS_AT_ONCE = 16
 
+_Path = Union[str, "os.PathLike[str]"]
+_Results = Union[ResultList, "ResultFile"]
 _Item = TypeVar("_Item")
 _Model = TypeVar("_Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How to run a batch; checked when they are made. ``call`` is how that was asked for, up to the ``batch_id``."""
+
+    call: str
+    batch_id: Optional[str]
+    prices: Tuple[float, float]
+    chunk_size: int
+    poll_interval: float
+    timeout: Optional[float]
+    stall_timeout: Optional[float]
+    checkpoint: Optional[_Path]
+
+    def __post_init__(self) -> None:
+        _check_chunk_size(self.chunk_size)
+        for name in ("poll_interval", "timeout", "stall_timeout"):
+            seconds = getattr(self, name)
+            if seconds is not None and not seconds >= 0:
+                raise ValueError(f"{name} must be a number of seconds from 0 on, not {seconds!r}")
+        _check_checkpoint(self.checkpoint, self.batch_id)
 
 
 class SynthgenClient:
@@ -108,7 +155,7 @@ class SynthgenClient:
         base_url: Optional[str] = None,
         api_key: Optional[str] = None,
         timeout: Optional[float] = None,
-        config_file: Optional[Union[str, "os.PathLike[str]"]] = None,
+        config_file: Optional[_Path] = None,
         *,
         retries: int = 5,
         backoff_factor: float = 0.5,
@@ -125,6 +172,7 @@ class SynthgenClient:
         self._given_session = session
         self._sessions: Dict[Tuple[int, int], requests.Session] = {}
         self._trust_env = True  # False keeps proxies out
+        self._server_name: Optional[str] = None  # in checkpoints, where the URL will be another next time
         retry_policy(retries, backoff_factor)  # raises if a number is wrong
 
     def __repr__(self) -> str:
@@ -164,8 +212,12 @@ class SynthgenClient:
         batch_id: Optional[str] = None,
         idempotency_key: Optional[str] = None,
         monitor: Optional[Monitor] = None,
+        checkpoint: Optional[_Path] = None,
     ) -> BulkTaskResponse:
         """Submit tasks, in as many uploads as needed, and return the batch's id and the number sent.
+
+        When the answer to an upload is lost, the batch itself is looked at, for half a minute where nothing of it is
+        to be seen, and only what is not there is sent again: that is as sure as reading can make it.
 
         Args:
             tasks: Any iterable, read once and as it is sent: one chunk is in memory at a time.
@@ -174,21 +226,28 @@ class SynthgenClient:
             idempotency_key: What names this upload to a server that deduplicates; made up by default. A list
                 given with a key is cut by its bytes alone, so that what was one upload stays one.
             monitor: Told of each chunk.
+            checkpoint: A file to note in what was taken. The same call made again, by whatever process, goes on.
 
         Raises:
             BatchUploadError: The upload ended early. It says what was taken, and how to go on.
+            CheckpointError: The checkpoint is of other tasks or another server, or in use; nothing was sent.
+            NotFoundError: The batch of the checkpoint is gone.
             ValueError: There are no tasks for a new batch, or the id can't be one.
         """
         _check_chunk_size(chunk_size)
-        goes_on, batch_id = batch_id is not None, _new_batch_id(batch_id)
+        _check_checkpoint(checkpoint, batch_id, idempotency_key)
+        is_own, batch_id = batch_id is None, _new_batch_id(batch_id)
         tasks = _checked_tasks(tasks)
         if idempotency_key is not None:
             if not idempotency_key or not is_header_value(idempotency_key):
                 raise ValueError("an idempotency key must be text that fits a header")
             chunk_size = max(chunk_size, len(tasks) if isinstance(tasks, Sized) else 0)
-        with _watching(monitor) as told:
-            created = self._create_batch(tasks, chunk_size, batch_id, idempotency_key, told)
-        if not created.total_tasks and not goes_on:  # nothing may be left of an upload that goes on
+        again = tasks if isinstance(tasks, Sized) else None
+        with _watching(monitor) as told, self._noting(checkpoint, batch_id, chunk_size) as noted:
+            created = self._submit(
+                tasks, chunk_size, batch_id, told, noted, is_own=is_own, again=again, key=idempotency_key
+            )
+        if not created.total_tasks and is_own:  # nothing may be left of an upload that goes on
             raise ValueError("there are no tasks to upload")
         return created
 
@@ -205,6 +264,7 @@ class SynthgenClient:
         stall_timeout: Optional[float] = 300.0,
         show_progress: bool = True,
         monitor: Optional[Monitor] = None,
+        checkpoint: Optional[_Path] = None,
     ) -> List[TaskResponse]:
         """Submit tasks, wait, and return one result per task, in their order, each with its ``custom_id``.
 
@@ -214,20 +274,22 @@ class SynthgenClient:
         With both, come back to a batch: nothing is sent, and the tasks serve for order and matching.
 
         Args:
-            tasks: What to run. None of them: an empty list is returned.
+            tasks: What to options. None of them: an empty list is returned.
             batch_id: A batch that exists.
             cost_by_1m_input_token: Price of a million input tokens, for the display.
             cost_by_1m_output_token: Price of a million output tokens, for the display.
             chunk_size: The most tasks in one upload.
             poll_interval: The longest pause between two polls, in seconds.
             timeout: The longest wait for the batch to end, in seconds, uploading included; None for ever. No request
-                is broken off for it.
+                is broken off for it, and no upload begun after it.
             stall_timeout: How long nothing may move, in seconds, before the reason is looked for; None for ever.
             show_progress: Draw the progress on stderr: with rich on a terminal, else in lines.
             monitor: Is told of the progress, in place of that.
+            checkpoint: See `create_batch`. When all was uploaded, the results come from the batch that it names.
 
         Raises:
             BatchUploadError: The upload ended early; see `create_batch`.
+            CheckpointError: See `create_batch`.
             BatchTimeoutError: ``timeout`` ran out. The batch goes on.
             BatchStalledError: Tasks wait, and nothing on the server runs them.
             BatchIncompleteError: Some tasks will have no result; it holds those of the others.
@@ -235,48 +297,73 @@ class SynthgenClient:
             NotFoundError: There is no such batch, or it was deleted meanwhile.
             ValueError: Neither tasks nor a batch id is given, or a number is out of range.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        _check_chunk_size(chunk_size)
-        _check_seconds(poll_interval=poll_interval, stall_timeout=stall_timeout, timeout=timeout)
+        call = "monitor_batch(" + "tasks=tasks, " * (tasks is not None)
+        prices = cost_by_1m_input_token, cost_by_1m_output_token
+        options = _Options(call, batch_id, prices, chunk_size, poll_interval, timeout, stall_timeout, checkpoint)
         if tasks is None and batch_id is None:
             raise ValueError("monitor_batch needs tasks to run, or the id of a batch to wait for, or both")
         todo = None if tasks is None else list(map(as_task, _checked_tasks(tasks), count()))
         if todo is not None and not todo:
             return []
+        results = ResultList(todo)
+        with _watching(choose_monitor() if monitor is None and show_progress else monitor) as told:
+            batch = self._run(options, todo, results, told)
+            found = list(results)
+            told.results(found)
+            told.finish(batch, batch.cost(*prices))
+        return found
 
-        def cost_of(batch: Optional[Batch]) -> BatchCost:
-            return batch.cost(cost_by_1m_input_token, cost_by_1m_output_token) if batch else BatchCost()
+    def run_batch(
+        self,
+        tasks: Iterable[Task],
+        path: Union[_Path, BinaryIO],
+        batch_id: Optional[str] = None,
+        cost_by_1m_input_token: float = 0.0,
+        cost_by_1m_output_token: float = 0.0,
+        *,
+        chunk_size: int = 1000,
+        poll_interval: float = 2.0,
+        timeout: Optional[float] = None,
+        stall_timeout: Optional[float] = 300.0,
+        show_progress: bool = True,
+        monitor: Optional[Monitor] = None,
+        checkpoint: Optional[_Path] = None,
+    ) -> Batch:
+        """Submit tasks, wait, and write one result per task to a file, as a line of JSON, in their order.
 
-        submit, batch_id = batch_id is None, _new_batch_id(batch_id)
-        if monitor is None and show_progress:
-            monitor = choose_monitor()
-        with _watching(monitor) as told:
-            if submit and todo is not None:
-                self._show_health(told, required=True)
-                self._create_batch(todo, chunk_size, batch_id, None, told)
-            wait = BatchWait(
-                lambda read_timeout: self._get_batch(_batch_path(batch_id), retries=0, read_timeout=read_timeout),
-                self.check_health,
-                self._sleep,
-                told,
-                batch_id=batch_id,
-                submitted=None if todo is None else len(todo),
-                cost_of=cost_of,
-                poll_interval=poll_interval,
-                deadline=deadline,
-                stall_timeout=stall_timeout,
-            )
-            try:
-                if not submit:
-                    self._show_health(told, required=False)
-                results = self._collect(wait, batch_id, todo, told)
-            except KeyboardInterrupt:
-                how = f"monitor_batch({'' if todo is None else 'tasks=tasks, '}batch_id={batch_id!r})"
-                raise KeyboardInterrupt(f"batch {batch_id!r} goes on; come back to it with {how}") from None
-            told.results(results)
-            if wait.batch is not None:
-                told.finish(wait.batch, cost_of(wait.batch))
-            return results
+        As `monitor_batch`, with the same arguments and errors, in memory that does not grow with the weight of tasks
+        and results: those wait for their turn in a temporary file beside the output. Each has its ``custom_id``.
+
+        Args:
+            tasks: Any iterable, read once. Where it can be read only once, the ``missing`` of a `BatchIncompleteError`
+                is empty.
+            path: The file, complete or not there: it is written beside its place and moved there at the end. Or a
+                binary file that is open, which is written to at the end.
+
+        Returns:
+            The batch when last seen; ``failed_tasks`` tells how many tasks failed.
+
+        Raises:
+            OSError: The file can't be written; found out before anything is sent. Or the disk is full: nothing is
+                lost, since the results stay in the batch.
+        """
+        from ._results import ResultFile, in_pieces  # not every Python has sqlite3
+
+        prices = cost_by_1m_input_token, cost_by_1m_output_token
+        call = "run_batch(tasks, path, "
+        options = _Options(call, batch_id, prices, chunk_size, poll_interval, timeout, stall_timeout, checkpoint)
+        tasks = _checked_tasks(tasks)
+        with ExitStack() as opened:
+            told = opened.enter_context(_watching(choose_monitor() if monitor is None and show_progress else monitor))
+            file = opened.enter_context(replacing(path)) if isinstance(path, (str, os.PathLike)) else path
+            results = opened.enter_context(closing(ResultFile(beside=file)))
+            batch = self._run(options, tasks, results, told)
+            for some in in_pieces(results):
+                file.writelines(result.to_line() for result in some)
+                told.results(some)
+            file.flush()
+            told.finish(batch, batch.cost(*prices))
+        return batch
 
     def get_batches(self) -> BatchList:
         """All batches, newest first."""
@@ -323,7 +410,7 @@ class SynthgenClient:
     def export_batch(
         self,
         batch_id: str,
-        path: Union[str, "os.PathLike[str]"],
+        path: _Path,
         task_status: Optional[Union[TaskStatus, str]] = None,
         *,
         monitor: Optional[Monitor] = None,
@@ -392,34 +479,57 @@ class SynthgenClient:
 
     # Uploads.
 
-    def _create_batch(
-        self, tasks: Iterable[Task], chunk_size: int, batch_id: str, idempotency_key: Optional[str], monitor: Monitor
+    @contextmanager
+    def _noting(self, path: Optional[_Path], batch_id: str, chunk_size: int) -> Iterator[Optional[Checkpoint]]:
+        """The checkpoint, if one is wanted."""
+        if path is None:
+            yield None
+            return
+        with closing(Checkpoint(path, self._server_name or self.base_url, batch_id, chunk_size)) as checkpoint:
+            yield checkpoint
+
+    def _submit(
+        self,
+        tasks: Iterable[Task],
+        chunk_size: int,
+        batch_id: str,
+        monitor: Monitor,
+        checkpoint: Optional[Checkpoint],
+        *,
+        is_own: bool = True,
+        again: Optional[Iterable[Task]] = None,
+        key: Optional[str] = None,
+        deadline: Optional[float] = None,
     ) -> BulkTaskResponse:
-        total = len(tasks) if isinstance(tasks, Sized) else None
-        chunks = Chunks(tasks, chunk_size)
-        uploaded = 0
-        chunk: List[Task] = []
-        chunk_key = key = idempotency_key or uuid.uuid4().hex
-        monitor.upload(batch_id, 0, total)
-        try:
-            for index, (chunk, lines) in enumerate(chunks):
-                chunk_key = f"{key}-{index}" if index else key
-                self._upload(batch_id, lines, chunk_key)
-                uploaded += len(chunk)
-                chunk.clear()  # they are held elsewhere too, and would be until the next chunk is made
-                monitor.upload(batch_id, uploaded, total)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"batch {batch_id!r} was being uploaded: {uploaded:,} tasks are in it, the next {len(chunk):,} may be. "
-                f"create_batch(the others, batch_id={batch_id!r}) goes on"
-            ) from None
-        except Exception as exc:
-            if not (uploaded or chunk or chunks.unsent):
-                raise  # the iterable failed before its first task
-            # Under a key of the caller's, an earlier call may have sent what this one could not.
-            refused = idempotency_key is None and self._was_refused(exc)
-            raise _upload_error(exc, batch_id, uploaded, chunk, chunks, chunk_key, refused) from exc
-        return BulkTaskResponse(batch_id=batch_id, total_tasks=uploaded)
+        if checkpoint is not None:
+            batch_id, chunk_size = checkpoint.batch_id, checkpoint.chunk_size
+        path = _batch_path(batch_id)
+        read_back = ReadBack(
+            lambda **options: self._get_batch(path, read_timeout=LONGEST_POLL, **options),
+            self.check_health,
+            lambda: self.iter_batch_tasks(batch_id),
+            self._pause,
+            self._sleep,
+            batch_id=batch_id,
+            retries=self._retries,
+            deadline=deadline,
+        )
+        upload = Upload(
+            tasks,
+            lambda lines, key: self._upload(batch_id, lines, key),
+            self._was_refused,
+            read_back,
+            monitor,
+            batch_id=batch_id,
+            chunk_size=chunk_size,
+            is_own=is_own,
+            again=again,
+            repeats=self._retries,
+            deduplicates=self._idempotent_uploads,
+            key=key,
+            checkpoint=checkpoint,
+        )
+        return BulkTaskResponse(batch_id=batch_id, total_tasks=upload.run())
 
     def _upload(self, batch_id: str, lines: bytes, key: str) -> None:
         body, content_type = encode_multipart_formdata({"file": ("batch.jsonl", lines, "application/x-jsonlines")})
@@ -467,74 +577,110 @@ class SynthgenClient:
                 status_code=503,
             )
 
+    def _run(self, options: _Options, tasks: Optional[Iterable[Task]], results: _Results, monitor: Monitor) -> Batch:
+        """Submit tasks, or note those of a batch that exists; wait, until each has a result; return the batch."""
+        deadline = None if options.timeout is None else time.monotonic() + options.timeout
+        again = tasks if isinstance(tasks, Sized) else None
+        batch_id = _new_batch_id(options.batch_id)
+        submits = tasks is not None and options.batch_id is None
+        if submits:
+            self._show_health(monitor, required=True)
+        with self._noting(options.checkpoint, batch_id, options.chunk_size) as noted:
+            if tasks is not None:
+                tasks = results.noting(tasks)
+                if submits:
+                    created = self._submit(
+                        tasks, options.chunk_size, batch_id, monitor, noted, again=again, deadline=deadline
+                    )
+                    batch_id = created.batch_id
+                else:
+                    deque(tasks, maxlen=0)
+                if not results.tasks:
+                    raise ValueError("there are no tasks to run")
+            wait = BatchWait(
+                lambda read_timeout: self._get_batch(_batch_path(batch_id), retries=0, read_timeout=read_timeout),
+                self.check_health,
+                self._sleep,
+                monitor,
+                batch_id=batch_id,
+                submitted=results.tasks,
+                cost_of=lambda batch: batch.cost(*options.prices) if batch else BatchCost(),
+                poll_interval=options.poll_interval,
+                deadline=deadline,
+                stall_timeout=options.stall_timeout,
+            )
+            try:
+                if not submits:
+                    self._show_health(monitor, required=False)
+                return self._collect(wait, batch_id, again, results, monitor)
+            except KeyboardInterrupt:
+                how = f"{options.call}batch_id={batch_id!r})"
+                raise KeyboardInterrupt(f"batch {batch_id!r} goes on; come back to it with {how}") from None
+
     def _collect(
-        self, wait: BatchWait, batch_id: str, tasks: Optional[List[Task]], monitor: Monitor
-    ) -> List[TaskResponse]:
+        self,
+        wait: BatchWait,
+        batch_id: str,
+        tasks: Optional[Iterable[Task]],
+        results: _Results,
+        monitor: Monitor,
+    ) -> Batch:
         """Wait for the batch, download it, and match; as often as it takes."""
         while True:
             stuck = wait.wait()
+            matched = surplus = 0
             try:
-                results, missing, surplus = self._download(wait.batch, batch_id, tasks, monitor)
+                if wait.batch is not None:
+                    with closing(self._iter_export(_batch_path(batch_id), None, results.needs_source)) as export:
+                        received = _counted(export, monitor, wait.batch.finished_tasks)
+                        matched, surplus = results.match(received, lambda ids: self._look_up(ids, monitor))
             except AWAY_ERRORS as exc:
                 if wait.is_server_there():
                     exc.message += f". Batch {batch_id!r} is not lost: monitor_batch(batch_id={batch_id!r}) comes back"
                     exc.args = (exc.message,)
                     raise
                 continue
-            expected = wait.batch.total_tasks if tasks is None and wait.batch else len(tasks or ())
-            if len(results) >= expected:
+            expected = results.tasks
+            if expected is None:
+                expected = wait.batch.total_tasks if wait.batch else 0
+            if wait.batch is not None and matched >= expected:
                 if surplus:
                     monitor.note(f"{surplus:,} more results than tasks: the batch was run more than once in part")
-                return results
-            lacking = f"{expected - len(results):,} of {expected:,} tasks"
+                return wait.batch
+            lacking = f"{expected - matched:,} of {expected:,} tasks"
             unmatched = f"; {surplus:,} results match no task" if surplus else ""
-            if wait.waiting or (stuck is None and (results or surplus < expected)):  # else it is full of other tasks
+            if wait.waiting or (stuck is None and (matched or surplus < expected)):  # else it is full of other tasks
                 monitor.note(f"{lacking} have no result yet{unmatched}; looking again")
                 wait.came_early()
                 continue
             why = describe_queues(stuck) if stuck else "are these the tasks of that batch?"
+            missing = set(results.missing())
             raise BatchIncompleteError(
                 f"batch {batch_id!r}: {lacking} never arrived; {why}{unmatched}",
                 batch_id=batch_id,
                 results=results,
-                missing=missing,
+                missing=(task for index, task in enumerate(tasks or ()) if index in missing),
                 health=stuck,
             )
 
-    def _download(
-        self, batch: Optional[Batch], batch_id: str, tasks: Optional[List[Task]], monitor: Monitor
-    ) -> Tuple[List[TaskResponse], List[Task], int]:
-        """The results that are there, the tasks without one, and how many results belong to no task."""
-        if batch is None:
-            return [], tasks or [], 0
-        downloaded = list(_counted(self.iter_batch_tasks(batch_id), monitor, batch.finished_tasks))
-        if tasks is None:
-            return downloaded, [], 0
-        matched, surplus = match(
-            tasks, downloaded, lambda results: _counted(self._with_custom_ids(results), monitor, len(results))
-        )
-        results = [result for result in matched if result is not None]
-        missing = [task for task, result in zip(tasks, matched) if result is None]
-        return results, missing, surplus
+    def _look_up(self, message_ids: List[str], monitor: Monitor) -> Iterator[Optional[TaskResponse]]:
+        """Each task as the server has it by itself, which is with its custom_id; None for one that is gone."""
 
-    def _with_custom_ids(self, results: List[TaskResponse]) -> Iterator[TaskResponse]:
-        """Each result as the server has it by itself, which is with its custom_id; or as it is, where that is gone."""
-
-        def look_up(result: TaskResponse) -> TaskResponse:
+        def get_task(message_id: str) -> Optional[TaskResponse]:
             try:
-                return self.get_task(result.message_id)
+                return self.get_task(message_id)
             except NotFoundError:
-                return result
+                return None
 
         # A session of the caller's may know nothing of threads.
         with ThreadPoolExecutor(1 if self._given_session else _LOOK_UPS_AT_ONCE) as pool:
-            yield from pool.map(look_up, results)
+            yield from _counted(pool.map(get_task, message_ids), monitor, len(message_ids))
 
     # Exports.
 
     def _iter_export(
         self, batch_path: str, task_status: Optional[Union[TaskStatus, str]], with_source: bool
-    ) -> Iterator[Tuple[TaskResponse, bytes]]:
+    ) -> Generator[Tuple[TaskResponse, bytes], None, None]:
         """Each task once, with its JSON if wanted, whatever becomes of the streams that they come in."""
         before = self._get_batch(batch_path)
         seen: Set[str] = set()
@@ -708,26 +854,6 @@ class SynthgenClient:
         return response
 
 
-def _upload_error(
-    exc: Exception, batch_id: str, uploaded: int, chunk: List[Task], chunks: Chunks, key: str, refused: bool
-) -> BatchUploadError:
-    """What is known of each task when an upload ended."""
-    unconfirmed, unsent = ([], chunk + chunks.unsent) if refused else (chunk, chunks.unsent)
-    maybe = f", {len(unconfirmed):,} more may have been" if unconfirmed else ""
-    return BatchUploadError(
-        f"batch {batch_id!r}: {uploaded:,} tasks were uploaded{maybe}, then: {str(exc) or type(exc).__name__}. "
-        + "First look whether the batch has those of error.unconfirmed, and send them if it has not. " * bool(maybe)
-        + "Go on with create_batch(error.remaining, batch_id=error.batch_id)",
-        status_code=exc.status_code if isinstance(exc, APIError) else None,
-        response=exc.response if isinstance(exc, APIError) else None,
-        batch_id=batch_id,
-        uploaded=uploaded,
-        unconfirmed=unconfirmed,
-        remaining=chunks.rest_after(unsent),
-        idempotency_key=key if unconfirmed else None,
-    )
-
-
 @contextmanager
 def _watching(monitor: Optional[Monitor]) -> Iterator[Monitor]:
     """The monitor, or a silent one; its own errors stop nothing, and it is closed at the end."""
@@ -772,10 +898,9 @@ def _check_chunk_size(chunk_size: int) -> None:
         raise ValueError(f"chunk_size must be a whole number from 1 on, not {chunk_size!r}")
 
 
-def _check_seconds(**settings: Optional[float]) -> None:
-    for name, seconds in settings.items():
-        if seconds is not None and not seconds >= 0:
-            raise ValueError(f"{name} must be a number of seconds from 0 on, not {seconds!r}")
+def _check_checkpoint(checkpoint: Optional[_Path], *names: Optional[str]) -> None:
+    if checkpoint is not None and any(name is not None for name in names):
+        raise ValueError("a checkpoint names the batch and its uploads itself: give no batch_id or idempotency_key")
 
 
 def _new_batch_id(batch_id: Optional[str]) -> str:

@@ -2,6 +2,7 @@
 
     SynthgenError
     ├── ConfigurationError (also ValueError)
+    │   └── CheckpointError
     ├── MissingDependencyError (also ImportError)
     ├── ContentError (also ValueError)
     ├── APIError
@@ -37,6 +38,7 @@ __all__ = [
     "BatchTimeoutError",
     "BatchUploadError",
     "BudgetExceededError",
+    "CheckpointError",
     "ConfigurationError",
     "ConnectionFailedError",
     "ContentError",
@@ -99,6 +101,10 @@ class SynthgenError(Exception):
 
 class ConfigurationError(SynthgenError, ValueError):
     """A setting is missing, malformed, or in a file that can't be read."""
+
+
+class CheckpointError(ConfigurationError):
+    """A checkpoint is of other tasks, of another server, in use, or no checkpoint; nothing was sent."""
 
 
 class MissingDependencyError(SynthgenError, ImportError):

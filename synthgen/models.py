@@ -353,6 +353,10 @@ class TaskResponse(_Received):
                 wrong = f"the content does not fit {model.__name__}: {reasons(exc)}"
         raise ContentError(f"task {self.custom_id or self.message_id!r}: {wrong}")
 
+    def to_line(self) -> bytes:
+        """The result as a line of JSON in ASCII, with the line break."""
+        return json.dumps(self.model_dump(mode="json")).encode("ascii") + b"\n"
+
     def to_row(self) -> Dict[str, Any]:
         """The result as a row of a table: texts, numbers, booleans and None; the ``source`` as a JSON text."""
         usage = self.usage

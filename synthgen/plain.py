@@ -36,7 +36,7 @@ class Monitor:
         """Something worth knowing that is no error, such as a server that is away. Plain text, not markup."""
 
     def results(self, results: List[TaskResponse]) -> None:
-        """All results, in order, just before `finish`."""
+        """Results, in order, just before `finish`: all of them, or from `run_batch` in pieces."""
 
     def finish(self, batch: Batch, cost: BatchCost) -> None:
         """All results are there."""

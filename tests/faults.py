@@ -161,7 +161,7 @@ class FaultyProxy(CannedServer):
             fault = FAULTS[self._draw(is_upload, request)] if rng.random() < self.rate else _NO_FAULT
             self.lost_uploads += is_upload and fault.is_forwarded and fault is not _NO_FAULT
             self._forwarding += 1
-        whole = self._forward(request) if fault.is_forwarded else Answer(b"")
+        whole = self.forward(request) if fault.is_forwarded else Answer(b"")
         with self._idle:
             self._forwarding -= 1
             self._idle.notify_all()
@@ -177,7 +177,8 @@ class FaultyProxy(CannedServer):
         self.injected[name] += 1
         return name
 
-    def _forward(self, request: Request) -> Answer:
+    def forward(self, request: Request) -> Answer:
+        """The server's answer."""
         connection = http.client.HTTPConnection(urlsplit(self.upstream).netloc, timeout=DEADLINE)
         headers = {name: value for name, value in request.headers.items() if name.lower() != "connection"}
         try:

@@ -288,7 +288,7 @@ def test_a_cancelled_upload_names_its_batch_and_sends_no_more(run, server):
     server.answer("POST", UPLOADS, Answer({"batch_id": "b", "total_tasks": 1}, hold=arrived))
 
     async def main():
-        async with AsyncSynthgenClient(server.url) as client:
+        async with AsyncSynthgenClient(server.url, retries=0) as client:
             call = asyncio.ensure_future(message_of(client.create_batch(tasks(2), 1, batch_id="b")))
             await in_thread(server.wait_for_requests, 1)
             call.cancel()
@@ -604,7 +604,7 @@ def test_an_error_of_the_iterable_is_the_cause(run, framework):
         raise LookupError("the database went away")
 
     async def main():
-        async with AsyncSynthgenClient(framework.url) as client:
+        async with AsyncSynthgenClient(framework.url, retries=0) as client:
             with pytest.raises(BatchUploadError) as caught:
                 await client.create_batch(source(), 2, batch_id="b")
             await client.create_batch(caught.value.remaining, batch_id="b")
@@ -622,7 +622,7 @@ def test_an_upload_goes_on_with_what_an_async_iterable_has_left(run, framework):
     framework.answer("POST", UPLOADS, framework.play, Answer({"detail": "no"}, 400), framework.play)
 
     async def main():
-        async with AsyncSynthgenClient(framework.url) as client:
+        async with AsyncSynthgenClient(framework.url, retries=0) as client:
             with pytest.raises(BatchUploadError) as caught:
                 await client.create_batch(one_by_one(tasks(7)), 2, batch_id="b")
             await client.create_batch(caught.value.remaining, batch_id="b")

@@ -309,7 +309,7 @@ def test_a_chunk_whose_answer_does_not_come_in_time_is_unconfirmed(server):
     """It was sent, once."""
     server.answer("POST", "/api/v1/batches", Answer(hold=threading.Event()))
 
-    with SynthgenClient(server.url, timeout=0.05) as client:
+    with SynthgenClient(server.url, timeout=0.05, retries=0) as client:
         error = caught_from(client, tasks(3))
 
     assert (error.unconfirmed, error.remaining) == (tasks(3)[:2], tasks(3)[2:])
@@ -391,7 +391,7 @@ def test_where_the_retries_of_a_session_of_your_own_may_have_sent_a_chunk_it_is_
     server.answer("POST", "/api/v1/batches", Answer(None, 503), REFUSED["429"])
     policy = Retry(1, status_forcelist=[503], allowed_methods=["POST"], respect_retry_after_header=False)
 
-    with requests.Session() as session, SynthgenClient(server.url, session=session) as client:
+    with requests.Session() as session, SynthgenClient(server.url, session=session, retries=0) as client:
         session.mount("http://", HTTPAdapter(max_retries=policy))
         error = caught_from(client, tasks(4))
 

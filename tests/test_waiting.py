@@ -3,15 +3,13 @@
 Time is the test's: sleeping takes none, and what a test planned happens on the way (`Clock`).
 """
 
-import heapq
-import itertools
 import json
 import threading
-import time
 
 import pytest
 import requests
 from builders import task
+from clock import Clock
 from framework import Framework, echo, prompt_of
 from servers import DROP, WIRE, Answer
 
@@ -30,36 +28,6 @@ from synthgen.models import TaskStatus
 pytestmark = pytest.mark.slow
 
 BAD_GATEWAY_PAGE = Answer("<html>502 Bad Gateway</html>", status=502)
-
-
-class Clock:
-    """What a module knows as ``time``: its sleep takes no time, and does what was planned for it."""
-
-    #: Seconds after which a test is taken to hang.
-    END = 100_000.0
-
-    def __init__(self):
-        self.now = 0.0
-        self._plans = []
-        self._order = itertools.count()
-
-    def monotonic(self):
-        return self.now
-
-    def sleep(self, seconds):
-        end = self.now + seconds
-        while self._plans and self._plans[0][0] <= end:
-            self.now, _, action = heapq.heappop(self._plans)
-            action()
-        self.now = end
-        assert end < self.END, "waited for ever"
-
-    def strftime(self, form):
-        return time.strftime(form, time.gmtime(self.now))
-
-    def at(self, seconds, action):
-        """Plan what happens when that time has come."""
-        heapq.heappush(self._plans, (seconds, next(self._order), action))
 
 
 class Recorder(Monitor):
@@ -87,10 +55,7 @@ class Recorder(Monitor):
 @pytest.fixture
 def clock(monkeypatch):
     """The time of the client, from 0 on."""
-    clock = Clock()
-    monkeypatch.setattr("synthgen._waiting.time", clock)
-    monkeypatch.setattr("synthgen.client.time", clock)
-    return clock
+    return Clock.of_client(monkeypatch)
 
 
 @pytest.fixture
@@ -559,7 +524,7 @@ def test_a_batch_that_ends_in_the_last_moment_is_returned(clock, server, client)
 
 def test_a_poll_without_an_answer_ends_long_before_the_clients_timeout(server, client, seen, monkeypatch):
     """A server that accepts and is silent is a note, after the poll's own read time-out."""
-    monkeypatch.setattr("synthgen._waiting._LONGEST_POLL", 0.1)
+    monkeypatch.setattr("synthgen._waiting.LONGEST_POLL", 0.1)
     path = "/api/v1/batches/b"
     client.create_batch(make_tasks(2), batch_id="b")
     server.answer("GET", path, Answer(hold=threading.Event()), server.play)

@@ -97,6 +97,7 @@ class LocalServer:
         if self._opened is not None:
             return
         with ExitStack() as opened:
+            self._file = None if self._database == ":memory:" else os.path.realpath(self._database)
             self._store = opened.enter_context(closing(Store(self._database)))
             workers = opened.enter_context(closing(Workers(self._store, self._workers, self._policy, self._limits)))
             api = API(self._store, workers, self.api_key)
@@ -128,4 +129,5 @@ class LocalServer:
         kwargs.setdefault("idempotent_uploads", True)
         client = SynthgenClient(self.url, self.api_key, **kwargs)
         client._trust_env = False  # HTTP_PROXY means other hosts
+        client._server_name = self._file  # the next start has another port
         return client

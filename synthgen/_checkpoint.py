@@ -1,0 +1,176 @@
+"""What was uploaded of a batch, in a file: the same script, run again, goes on from it.
+
+It is lines of JSON, each on the disk before what it announces is done, and has no task and no key in it:
+
+    {"format": "synthgen checkpoint 1", "server": "http://...", "batch_id": "...", "chunk_size": 1000}
+    {"tasks": 1000, "digest": "...", "key": "..."}    a chunk, before it is sent
+    {"taken": 0}                                      and after it was taken
+    {"end": 1000}                                     all tasks were uploaded
+"""
+
+import json
+import os
+from contextlib import suppress
+from hashlib import blake2b
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Union
+
+from ._files import hold
+from .exceptions import CheckpointError
+from .models import Task
+
+__all__ = ["Checkpoint", "Sent"]
+
+_FORMAT = "synthgen checkpoint 1"
+
+
+class Sent(NamedTuple):
+    """A chunk: what names it to a server that deduplicates, and what became of it in an earlier run."""
+
+    key: str
+    in_doubt: bool = False
+    was_taken: bool = False
+
+
+class Checkpoint:
+    """The file, from its making to `close`; no other process has it meanwhile.
+
+    Args:
+        path: The file; made, for its owner alone, if it is not there.
+        server: What names the server.
+        batch_id: A name for the batch, if it is a new one.
+        chunk_size: The most tasks in an upload, likewise.
+
+    Attributes:
+        batch_id: The batch.
+        chunk_size: The most tasks in an upload.
+        counts: How many tasks each chunk of an earlier run has.
+
+    Raises:
+        CheckpointError: The file is something else, of another server, or in use.
+    """
+
+    batch_id: str
+    chunk_size: int
+    counts: List[int]
+    _chunks: List[Dict[str, Any]]
+    _taken: Set[int]
+    _end: Optional[int]
+
+    def __init__(self, path: Union[str, "os.PathLike[str]"], server: str, batch_id: str, chunk_size: int) -> None:
+        self._path = os.path.abspath(path)
+        self._file = open(self._path, "a+b", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600))
+        try:
+            self._hold()
+            lines = self._read()
+            if not lines:
+                lines = [{"format": _FORMAT, "server": server, "batch_id": batch_id, "chunk_size": chunk_size}]
+                self._write(lines[0])
+                self._sync_folder()
+            self._parse(lines)
+            if self._server != server:
+                raise self.error(f"it is of a batch at {self._server}, not at {server}")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the file, which stays."""
+        self._file.close()
+
+    @property
+    def has_taken(self) -> bool:
+        """Whether an earlier run got any tasks into the batch."""
+        return bool(self._taken)
+
+    def begin(self, index: int, tasks: List[Task], lines: bytes, key: str) -> Sent:
+        """Note that a chunk is about to be sent; or say what an earlier run noted of it."""
+        digest = _digest(tasks, lines)
+        if index < len(self._chunks):
+            known = self._chunks[index]
+            if (known["tasks"], known["digest"]) != (len(tasks), digest):
+                raise self._other_tasks(index)
+            was_taken = index in self._taken
+            return Sent(known["key"], not was_taken, was_taken)
+        if self._end is not None:
+            raise self._other_tasks(index)
+        self._write({"tasks": len(tasks), "digest": digest, "key": key})
+        return Sent(key)
+
+    def take(self, index: int) -> None:
+        """Note that a chunk was taken."""
+        self._write({"taken": index})
+
+    def end(self, chunks: int, tasks: int) -> None:
+        """Note that these were all."""
+        if chunks < len(self._chunks):
+            raise self._other_tasks(chunks)
+        if self._end is None:
+            self._write({"end": tasks})
+
+    def error(self, what: str) -> CheckpointError:
+        """An error about the file, which says what to do."""
+        return CheckpointError(f"{self._path}: {what}. Name another file, or remove this one to run all tasks anew")
+
+    def _other_tasks(self, index: int) -> CheckpointError:
+        first = sum(self.counts[:index]) + 1
+        return self.error(f"these are other tasks than before, from chunk {index + 1} on (task {first:,} is its first)")
+
+    def _hold(self) -> None:
+        try:
+            hold(self._file)
+        except (BlockingIOError, PermissionError):
+            raise self.error("another run has it open") from None
+        except OSError:
+            pass  # the file system knows no locks
+
+    def _read(self) -> List[Dict[str, Any]]:
+        """The lines; a last one that was not written whole is cut off."""
+        self._file.seek(0)
+        data = self._file.read()
+        start = json.dumps({"format": _FORMAT})[:-1].encode("ascii")
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            if not (data.startswith(start) or start.startswith(data)):
+                raise ValueError
+            lines: List[Dict[str, Any]] = list(map(json.loads, whole.splitlines()))
+        except ValueError:
+            raise self._no_checkpoint() from None
+        self._file.truncate(len(whole))
+        return lines
+
+    def _parse(self, lines: List[Dict[str, Any]]) -> None:
+        header, *rest = lines
+        try:
+            self._server: str = header["server"]
+            self.batch_id = header["batch_id"]
+            self.chunk_size = header["chunk_size"]
+            self._chunks = [line for line in rest if "key" in line]
+            self._taken = {line["taken"] for line in rest if "taken" in line}
+            self._end = next((line["end"] for line in rest if "end" in line), None)
+            self.counts = [chunk["tasks"] for chunk in self._chunks]
+        except (KeyError, TypeError):
+            raise self._no_checkpoint() from None
+
+    def _no_checkpoint(self) -> CheckpointError:
+        return self.error("it is no checkpoint, or one of another version")
+
+    def _write(self, line: Dict[str, Any]) -> None:
+        data = json.dumps(line).encode("ascii") + b"\n"
+        while data:
+            data = data[self._file.write(data) :]
+        os.fsync(self._file.fileno())
+
+    def _sync_folder(self) -> None:
+        with suppress(OSError):  # not on Windows
+            folder = os.open(os.path.dirname(self._path), os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def _digest(tasks: List[Task], lines: bytes) -> str:
+    """The same for the same tasks, whatever their provider's key is."""
+    if any(task.api_key is not None for task in tasks):
+        lines = b"\n".join(task.model_copy(update={"api_key": None}).to_line() for task in tasks)
+    return blake2b(lines, digest_size=16).hexdigest()

@@ -1,0 +1,179 @@
+"""Results that wait on the disk until their turn: sorted to their tasks in little memory, however many they are."""
+
+import errno
+import json
+import os
+import sqlite3
+import sys
+import tempfile
+from contextlib import contextmanager, suppress
+from itertools import count, groupby, islice
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, List, Optional, Tuple, TypeVar
+
+from ._chunks import as_task
+from ._matching import Name, result_digest, result_name, share_out, task_digest, task_name
+from ._stream import decoded
+from .models import Task, TaskResponse, TaskStatus
+
+__all__ = ["ResultFile", "in_pieces"]
+
+_Item = TypeVar("_Item")
+
+_SETUP = (
+    "PRAGMA journal_mode = OFF",
+    "PRAGMA synchronous = OFF",
+    "CREATE TABLE tasks (position INTEGER PRIMARY KEY, digest BLOB, custom_id TEXT, name TEXT)",
+    "CREATE TABLE results (id INTEGER PRIMARY KEY, digest BLOB, message_id TEXT, ok INTEGER, name TEXT, source BLOB)",
+    "CREATE TABLE matched (position INTEGER PRIMARY KEY, result_id INTEGER)",
+    "BEGIN",  # and no end: nothing is ever read back from what a process left
+)
+_INDEXES = (
+    "CREATE INDEX IF NOT EXISTS tasks_by_digest ON tasks (digest, position, name)",
+    "CREATE INDEX IF NOT EXISTS results_by_digest ON results (digest)",
+)
+#: The results that only a custom_id tells from others, and that came without.
+_UNNAMED = """
+    SELECT id, message_id FROM results WHERE id > ? AND name IS NULL AND digest IN (
+        SELECT digest FROM tasks GROUP BY digest HAVING COUNT(DISTINCT name) > 1
+    ) ORDER BY id LIMIT 1000
+"""
+
+
+def in_pieces(items: Iterable[_Item], size: int = 1000) -> Iterator[List[_Item]]:
+    """The items, so many at a time."""
+    iterator = iter(items)
+    for first in iterator:
+        yield [first, *islice(iterator, size - 1)]
+
+
+class ResultFile:
+    """Tasks, by their digests, and their results, in a file that is gone at the end, however that comes.
+
+    Args:
+        beside: The file is in the folder of this one; where that has none, in the system's for such files.
+
+    Attributes:
+        tasks: How many tasks were noted.
+
+    Raises:
+        OSError: From any method: the disk is full, say.
+    """
+
+    needs_source = True
+
+    def __init__(self, beside: BinaryIO) -> None:
+        self.tasks = 0
+        self._is_open = True
+        name = getattr(beside, "name", None)
+        folder = os.path.dirname(name) if isinstance(name, str) and os.path.isfile(name) else None
+        handle, self._path = tempfile.mkstemp(".part", "results.", folder)
+        os.close(handle)
+        # An asyncio client closes it in another thread than it made it in.
+        self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        for statement in _SETUP:
+            self._write(statement)
+        if sys.platform != "win32":
+            os.unlink(self._path)  # what is open lives on, and a killed process leaves nothing
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._is_open = False
+        self._db.close()
+        with suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+    def noting(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """The tasks, each noted before it is given; after `close`, when an error may have the rest, only given."""
+        for task in map(as_task, tasks, count()):
+            if self._is_open:
+                row = (self.tasks, task_digest(task), task.custom_id, json.dumps(task_name(task)))
+                self._write("INSERT INTO tasks VALUES (?, ?, ?, ?)", row)
+                self.tasks += 1
+            yield task
+
+    def match(
+        self,
+        results: Iterable[Tuple[TaskResponse, bytes]],
+        look_up: Callable[[List[str]], Iterable[Optional[TaskResponse]]],
+    ) -> Tuple[int, int]:
+        """Sort results to the tasks, in place of those of an earlier call.
+
+        Args:
+            results: What came back, each with its JSON; unfinished tasks among them are passed over.
+            look_up: Asks the server for tasks by their message ids; None for one that is gone.
+
+        Returns:
+            How many tasks have a result, and how many results belong to no task.
+        """
+        self._write("DELETE FROM results")
+        self._write("DELETE FROM matched")
+        received = matched = 0
+        for result, source in results:
+            if result.status not in (TaskStatus.PENDING, TaskStatus.PROCESSING):
+                row = (result_digest(result), result.message_id, result.ok, _json_or_none(result_name(result)), source)
+                self._write("INSERT INTO results VALUES (NULL, ?, ?, ?, ?, ?)", row)
+                received += 1
+        for statement in _INDEXES:
+            self._write(statement)
+        self._name_results(look_up)
+        for position, result_id in self._shared_out():
+            self._write("INSERT INTO matched VALUES (?, ?)", (position, result_id))
+            matched += 1
+        return matched, received - matched
+
+    def __iter__(self) -> Iterator[TaskResponse]:
+        """Each result, in the order of the tasks, with its task's custom_id."""
+        joined = "matched JOIN tasks USING (position) JOIN results ON results.id = result_id"
+        for source, custom_id in self._read(f"SELECT source, tasks.custom_id FROM {joined} ORDER BY position"):
+            result = TaskResponse.model_validate(decoded(source))
+            result.custom_id = custom_id
+            yield result
+
+    def missing(self) -> Iterator[int]:
+        """The position of each task without a result."""
+        for (position,) in self._read("SELECT position FROM tasks EXCEPT SELECT position FROM matched ORDER BY 1"):
+            yield position
+
+    def _name_results(self, look_up: Callable[[List[str]], Iterable[Optional[TaskResponse]]]) -> None:
+        last = 0
+        while True:
+            rows = list(self._read(_UNNAMED, last))
+            if not rows:
+                return
+            for (last, _), result in zip(rows, look_up([message_id for _, message_id in rows])):
+                name = _json_or_none(result_name(result) if result else None)
+                self._write("UPDATE results SET name = ? WHERE id = ?", (name, last))
+
+    def _shared_out(self) -> Iterator[Tuple[int, int]]:
+        """The position of its task and the id of each result that has one."""
+        tasks = self._read("SELECT digest, position, name FROM tasks ORDER BY digest, position")
+        for digest, group in groupby(tasks, lambda row: row[0]):
+            positions, names = zip(*((position, _parsed(name)) for _, position, name in group))
+            found = self._read("SELECT name, ok, id FROM results WHERE digest = ?", digest)
+            shared = share_out(names, ((_parsed(name), bool(ok), result_id) for name, ok, result_id in found))
+            yield from ((position, result_id) for position, result_id in zip(positions, shared) if result_id)
+
+    def _read(self, query: str, *values: Any) -> Iterator[Any]:
+        with _as_os_errors(self._path):
+            yield from self._db.execute(query, values)
+
+    def _write(self, statement: str, values: Tuple[Any, ...] = ()) -> None:
+        with _as_os_errors(self._path):
+            self._db.execute(statement, values)
+
+
+def _json_or_none(name: Optional[Name]) -> Optional[str]:
+    return None if name is None else json.dumps(name)
+
+
+def _parsed(name: Optional[str]) -> Any:
+    return None if name is None else tuple(json.loads(name))
+
+
+@contextmanager
+def _as_os_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as exc:
+        number = errno.ENOSPC if "full" in str(exc) else errno.EIO
+        raise OSError(number, f"results wait in this file, and {exc}", path) from exc
