@@ -11,18 +11,19 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from functools import partial
-from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
+from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Union
 
 from pydantic import BaseModel
 
 from ._estimates import plan
 from ._files import replacing
 from ._progress import health_rows, money, printable
-from ._task_file import TaskFile
+from ._task_file import FailedTasks, TaskFile
 from ._version import __version__
 from .client import SynthgenClient
 from .exceptions import (
@@ -106,30 +107,64 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigurationError(f"{args.output} is the file with the tasks: results need another")
     if not (args.local or args.dry_run) and (args.rpm or args.tpm or args.max_cost):
         raise ConfigurationError("--rpm, --tpm and --max-cost are what --local keeps to: give both")
+    if args.retry_failed and (args.batch or not args.output):
+        raise ConfigurationError("--retry-failed runs what failed in OUT.jsonl: give -o OUT.jsonl, and no --batch")
     with TaskFile(args.tasks, args.provider, _environment_key(args.key_env)) as file:
+        tasks = FailedTasks(file, args.output) if args.retry_failed else file
         if args.dry_run:
-            for label, text in plan(file, args.input_cost, args.output_cost, args.rpm, args.tpm):
+            for label, text in plan(tasks, args.input_cost, args.output_cost, args.rpm, args.tpm):
                 print(printable(f"{label:<10}{text}", sys.stdout.encoding))
             return _OK
-        tasks = list(file)
-    missing = None
-    with _output(args) as file:
-        with _local_client(args) if args.local else _client(args) as client:
-            try:
-                results = _follow(args, client, tasks)
-            except BatchIncompleteError as exc:
-                results, missing = exc.results, exc
-        if missing and not results:
-            raise missing  # and leave the file that is there
-        _write_lines(file, results)
-    if missing:
-        raise missing
-    outcome = _outcome(results)
-    if outcome == _SOME_FAILED:
-        _say("to repeat only what failed: run the same again (--force, no --batch), the rest comes from the cache")
-    elif args.local and not args.db:
+        if not len(tasks):
+            _say(f"{args.output}: nothing in it has failed")
+            return _OK
+        has_failed = _write_results(args, tasks)
+    if not args.batch:
+        os.remove(_checkpoint(args))
+    if has_failed:
+        how = "--retry-failed (no --force, no --batch)" if args.output else "no --batch: the rest comes from the cache"
+        _say(f"to repeat only what failed: the same again, with {how}")
+        return _SOME_FAILED
+    if args.local and not args.db:
         _remove_database(_database(args))
-    return outcome
+    return _OK
+
+
+def _write_results(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks]) -> bool:
+    """Run the tasks, and write their results; whether any has failed."""
+    with _output(args) as file:
+        if isinstance(tasks, FailedTasks):
+            with tempfile.TemporaryFile() as results:
+                has_failed = _run_batch(args, tasks, results)
+                results.seek(0)
+                tasks.merge(results, file)
+            return has_failed
+        try:
+            return _run_batch(args, tasks, file)
+        except BatchIncompleteError as exc:
+            if not exc.results:  # leave the file that is there
+                raise
+            incomplete = exc
+            _write_lines(file, exc.results)
+    raise incomplete
+
+
+def _run_batch(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks], file: BinaryIO) -> bool:
+    with _local_client(args) if args.local else _client(args) as client, _saying_how_to_go_on(args):
+        if args.batch:
+            client.get_batch(args.batch)  # a name that is wrong is found out now
+        batch = client.run_batch(
+            tasks,
+            file,
+            args.batch,
+            args.input_cost,
+            args.output_cost,
+            timeout=args.timeout,
+            stall_timeout=args.stall_timeout,
+            monitor=choose_monitor(),
+            checkpoint=None if args.batch else _checkpoint(args),
+        )
+    return batch.failed_tasks > 0
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -150,8 +185,11 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _watch(args: argparse.Namespace) -> int:
-    with _client(args) as client:
-        return _outcome(_follow(args, client))
+    with _client(args) as client, _saying_how_to_go_on(args):
+        client.get_batch(args.batch)  # a name that is wrong is found out now
+        prices = args.input_cost, args.output_cost
+        limits = {"timeout": args.timeout, "stall_timeout": args.stall_timeout}
+        return _outcome(client.monitor_batch(None, args.batch, *prices, **limits, monitor=choose_monitor()))
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -234,7 +272,7 @@ def _local_client(args: argparse.Namespace) -> Iterator[SynthgenClient]:
     database = _database(args)
     if args.batch and not os.path.exists(database):
         raise ConfigurationError(f"{database}: there is no such file, and batch {args.batch!r} would be in it")
-    if not args.batch and not args.db and os.path.exists(database):
+    if not (args.batch or args.db or os.path.exists(_checkpoint(args))) and os.path.exists(database):
         _refuse_unfinished(database)
     _say(f"database: {database}" + ("" if args.db else ", removed when all is done"))
     names = ("workers", "rpm", "tpm", "max_cost", "input_cost", "output_cost")
@@ -256,9 +294,16 @@ def _refuse_unfinished(database: str) -> None:
                 )
 
 
+def _beside_output(args: argparse.Namespace, suffix: str) -> str:
+    return (args.output or ("synthgen-stdin" if args.tasks == "-" else args.tasks)) + suffix
+
+
+def _checkpoint(args: argparse.Namespace) -> str:
+    return _beside_output(args, ".checkpoint")
+
+
 def _database(args: argparse.Namespace) -> str:
-    name: str = args.output or ("synthgen-stdin" if args.tasks == "-" else args.tasks)
-    return args.db or f"{name}.db"
+    return args.db or _beside_output(args, ".db")
 
 
 def _remove_database(path: str) -> None:
@@ -267,38 +312,14 @@ def _remove_database(path: str) -> None:
             os.remove(path + suffix)
 
 
-def _follow(args: argparse.Namespace, client: SynthgenClient, tasks: Optional[List[Task]] = None) -> List[TaskResponse]:
-    """Run tasks, or wait for the batch that was named; whatever ends that early, say how to go on."""
-    if args.batch:
-        client.get_batch(args.batch)  # a name that is wrong is found out now
-    monitor = choose_monitor()
+@contextmanager
+def _saying_how_to_go_on(args: argparse.Namespace) -> Iterator[None]:
+    """The same words go on, whatever ended them early."""
     try:
-        return client.monitor_batch(
-            tasks,
-            args.batch,
-            args.input_cost,
-            args.output_cost,
-            timeout=args.timeout,
-            stall_timeout=args.stall_timeout,
-            monitor=monitor,
-        )
-    except (KeyboardInterrupt, BatchStalledError, BatchTimeoutError, BatchUploadError, BudgetExceededError) as exc:
-        progress = monitor.progress
-        if args.batch or (progress.batch_id and progress.uploaded == progress.to_upload):
-            _say(f"to go on: {_command(args.argv if args.batch else [*args.argv, '--batch', progress.batch_id])}")
-        elif progress.batch_id:
-            perhaps_more = not isinstance(exc, BatchUploadError) or bool(exc.unconfirmed)
-            _say(f"batch {progress.batch_id}: {progress.uploaded_text()}" + ", perhaps more" * perhaps_more)
-            if args.local:  # so that no part of it is run beside the whole
-                client.delete_batch(progress.batch_id)
-            elif progress.uploaded or perhaps_more:
-                _say(f"they run, and are paid for: see `synthgen watch {progress.batch_id}` before you start again")
-            _say(f"to start again: {_command(args.argv)}")
+        yield
+    except (KeyboardInterrupt, BatchStalledError, BatchTimeoutError, BatchUploadError, BudgetExceededError):
+        _say(f"to go on: {' '.join(shlex.quote(word) for word in ('synthgen', *args.argv))}")
         raise
-
-
-def _command(argv: Iterable[str]) -> str:
-    return " ".join(shlex.quote(word) for word in ("synthgen", *argv))
 
 
 def _outcome(results: List[TaskResponse]) -> int:
@@ -362,7 +383,8 @@ def _output(args: argparse.Namespace) -> Iterator[BinaryIO]:
             raise ConfigurationError("stdout is closed: -o says where the results go")
         yield sys.stdout.buffer
         return
-    if os.path.exists(args.output) and not (args.force and os.path.isfile(args.output)):
+    is_replaced = (args.force or vars(args).get("retry_failed")) and os.path.isfile(args.output)
+    if os.path.exists(args.output) and not is_replaced:
         raise ConfigurationError(f"{args.output} is there already; --force replaces a file")
     with replacing(args.output) as file:
         yield file
@@ -370,7 +392,7 @@ def _output(args: argparse.Namespace) -> Iterator[BinaryIO]:
 
 def _write_lines(file: BinaryIO, results: Iterable[TaskResponse]) -> None:
     for result in results:
-        file.write(json.dumps(result.model_dump(mode="json")).encode("ascii") + b"\n")
+        file.write(result.to_line())
     file.flush()  # it may fail, and what could give them again is removed after this
 
 
@@ -483,6 +505,9 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--provider", metavar="URL", type=_url, help="what a relative url is appended to")
     run.add_argument("--key-env", metavar="NAME", help="environment variable with the key for tasks that have none")
     run.add_argument("--max-cost", type=_limit, metavar="X", help="with --local: what its database's batches may cost")
+    run.add_argument(
+        "--retry-failed", action="store_true", help="run only what is FAILED in OUT.jsonl, and replace that"
+    )
     run.add_argument("--dry-run", action="store_true", help="send nothing: say what would be sent")
     _add_limits(run)
 

@@ -1,18 +1,19 @@
-"""Tasks out of a JSONL file: lines of our own, or of an OpenAI batch input file."""
+"""Tasks out of a JSONL file: lines of our own, or of an OpenAI batch input file; all, or those that failed."""
 
 import json
 import shutil
 import sys
 import tempfile
 from contextlib import ExitStack
+from itertools import zip_longest
 from typing import BinaryIO, Iterator, Optional
 
 from pydantic import ValidationError
 
 from .exceptions import ConfigurationError
-from .models import Task, reasons
+from .models import Task, TaskStatus, reasons
 
-__all__ = ["TaskFile"]
+__all__ = ["FailedTasks", "TaskFile"]
 
 
 class TaskFile:
@@ -44,8 +45,7 @@ class TaskFile:
         return self._count
 
     def __iter__(self) -> Iterator[Task]:
-        self._file.seek(0)
-        for number, line in enumerate(self._file, 1):
+        for number, line in enumerate(_lines(self._file), 1):
             try:
                 text = line.decode("utf-8-sig").strip()
                 if text:
@@ -71,6 +71,59 @@ class TaskFile:
         if fields.get("api_key") is None:
             fields["api_key"] = self._api_key
         return Task.model_validate(fields)
+
+
+class FailedTasks:
+    """Those tasks of a file that have FAILED, by a file with the results of all of them.
+
+    Args:
+        tasks: All tasks.
+        path: The results: a line for each task, in their order.
+
+    Raises:
+        ConfigurationError: A line is not the result of its task; the error names it. Every line is looked at now.
+    """
+
+    def __init__(self, tasks: TaskFile, path: str) -> None:
+        self._tasks, self._path = tasks, path
+        self._count = sum(1 for _ in self)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Task]:
+        with open(self._path, "rb") as file:
+            for number, (task, line) in enumerate(zip_longest(self._tasks, file), 1):
+                try:
+                    result = json.loads(line or b"")
+                    if task is None or result["custom_id"] != task.custom_id:
+                        raise ValueError
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    raise ConfigurationError(
+                        f"{self._path}, line {number}: not the result of that task: "
+                        "--retry-failed needs the tasks that the file was made from"
+                    ) from None
+                if result["status"] == TaskStatus.FAILED:
+                    yield task
+
+    def merge(self, results: BinaryIO, file: BinaryIO) -> None:
+        """Write the results of all tasks: the lines of the file, but for these tasks the ones given."""
+        with open(self._path, "rb") as lines:
+            for line in lines:
+                has_failed = json.loads(line)["status"] == TaskStatus.FAILED
+                file.write(results.readline() if has_failed else line)
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, from its start, whoever else reads it meanwhile."""
+    position = 0
+    while True:
+        file.seek(position)
+        line = file.readline()
+        if not line:
+            return
+        position = file.tell()
+        yield line
 
 
 def _join(provider: str, url: str) -> str:

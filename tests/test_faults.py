@@ -1,6 +1,9 @@
 """A network that breaks three requests in ten: every result exactly once, no call paid for twice."""
 
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
 import threading
@@ -14,9 +17,9 @@ import pytest
 from builders import task
 from faults import NOT_ASCII, FaultyProxy
 from framework import Framework, echo, prompt_of
-from servers import Answer, CannedServer
+from servers import DEADLINE, DROP, Answer, CannedServer
 
-from synthgen import Monitor, SynthgenClient
+from synthgen import Monitor, SynthgenClient, TaskResponse
 from synthgen.exceptions import BatchUploadError, NotFoundError
 from synthgen.local import LocalServer
 
@@ -121,17 +124,88 @@ def test_a_thousand_tasks_come_back_once_each(serving, seed):
         assert_answered_once(results + [one], tasks, upstream.calls)
 
 
+@pytest.fixture
+def soon(monkeypatch):
+    """What an upload whose answer was lost has put into the batch is to be seen at once, here."""
+    for name, value in SOON.items():
+        monkeypatch.setattr(f"synthgen._read_back.{name}", value)
+
+
+SOON = {"_UNSEEN_AFTER": 0.3, "SETTLED_AFTER": 0.1}
+
+
+@some_seeds(3, 4, 5)
+def test_without_deduplication_a_thousand_tasks_come_back_once_each_too(soon, seed):
+    """After a lost answer the batch is read back, and only what is not there is sent again."""
+    with framework(deduplicates=False) as upstream, FaultyProxy(upstream.url, seed) as proxy:
+        tasks = make_tasks(upstream, 1000)
+        with make_client(upstream, proxy) as client:
+            results = client.monitor_batch(tasks, chunk_size=100, poll_interval=0.05, monitor=Monitor())
+
+    assert proxy.lost_uploads
+    assert_answered_once(results, tasks, upstream.calls)
+
+
+RUN = """
+import sys
+from synthgen import SynthgenClient, _read_back
+from synthgen.__main__ import main
+vars(_read_back).update(SOON)
+SynthgenClient.run_batch.__kwdefaults__.update(chunk_size=20, poll_interval=0.05)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@some_seeds()
+def test_a_run_killed_at_any_moment_and_started_again_pays_for_each_task_once(seed, tmp_path):
+    """Twenty times, before or after a request was heard, with the same words each time."""
+    rng = random.Random(seed)
+    environment = {**os.environ, "SYNTHGEN_API_KEY": "k", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with Framework() as server:
+        tasks = make_tasks(Upstream(server.url, "k", "http://provider.test" + PATH, server.calls, frozenset()), 600)
+        (tmp_path / "tasks.jsonl").write_bytes(b"\n".join(task.to_line() for task in tasks))
+        command = [sys.executable, "-c", RUN.replace("SOON", repr(SOON)), "run", "tasks.jsonl", "-o", "out.jsonl"]
+        process, kills, left = None, 0, 0
+
+        def answer(request):
+            nonlocal left, kills
+            left -= 1
+            if left or kills == 20:
+                return play(request)
+            kills += 1
+            if rng.random() < 0.5:
+                play(request)
+            process.kill()
+            return DROP
+
+        play, server.play = server.play, answer
+        while True:
+            left = rng.randrange(1, 9)
+            process = subprocess.Popen(
+                [*command, "--base-url", server.url], cwd=str(tmp_path), env=environment, stderr=PIPE
+            )
+            _, said = process.communicate(timeout=DEADLINE)
+            if process.returncode == 0:
+                break
+            assert process.returncode == -signal.SIGKILL, said
+
+    results = [TaskResponse.model_validate_json(line) for line in (tmp_path / "out.jsonl").read_bytes().splitlines()]
+    assert kills == 20
+    assert_answered_once(results, tasks, server.calls)
+    assert sorted(os.listdir(str(tmp_path))) == ["out.jsonl", "tasks.jsonl"]
+
+
 @pytest.mark.parametrize("serving", [lambda: framework(deduplicates=False), local_server], ids=["framework", "local"])
 @some_seeds()
 def test_resuming_by_hand_loses_nothing_and_pays_nothing_twice(serving, seed):
-    """Without deduplication, what is unconfirmed is looked for in the batch before it is sent again."""
+    """Without repeats, what is unconfirmed is looked for in the batch before it is sent again."""
     with serving() as upstream, FaultyProxy(upstream.url, seed, without=upstream.without) as proxy:
         tasks = make_tasks(upstream, 1000)
-        with make_client(upstream, proxy) as client:
+        with make_client(upstream, proxy, retries=0) as uploader, make_client(upstream, proxy) as client:
             known, todo = 0, tasks
             while todo:
                 try:
-                    client.create_batch(todo, 100, batch_id="b")
+                    uploader.create_batch(todo, 100, batch_id="b")
                     break
                 except BatchUploadError as error:
                     proxy.wait_until_idle()
@@ -241,7 +315,7 @@ def test_an_upload_that_ends_early_accounts_for_every_task(seed):
     """Confirmed, unconfirmed and remaining are all tasks, in order; the server has the first, or the first two."""
     with framework(deduplicates=False) as upstream, FaultyProxy(upstream.url, seed) as proxy:
         tasks = make_tasks(upstream, 1000)
-        with make_client(upstream, proxy) as client, pytest.raises(BatchUploadError) as caught:
+        with make_client(upstream, proxy, retries=0) as client, pytest.raises(BatchUploadError) as caught:
             for number in range(100):  # of batches, until one is broken
                 upstream.calls.clear()
                 client.create_batch(iter(tasks), 100, batch_id=f"b-{number}")

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -203,7 +204,7 @@ def test_force_without_a_result_leaves_the_file_as_it_was(server, provider, caps
 
     assert "1 of 1 tasks never arrived" in capsys.readouterr().err
     assert Path("out.jsonl").read_text(encoding="ascii") == "dear to me"
-    assert sorted(os.listdir()) == ["out.jsonl", "tasks.jsonl"]
+    assert sorted(os.listdir()) == ["out.jsonl", "out.jsonl.checkpoint", "tasks.jsonl"]
 
 
 def test_what_came_of_an_incomplete_batch_is_written(server, provider, capsys):
@@ -366,7 +367,7 @@ def test_after_failures_only_they_are_run_again(provider, capsys):
     """The database stays, so that the answers of the others come from the cache."""
     argv = ["run", write_tasks(provider, "one", "fail"), "-o", "out.jsonl", "--local"]
     assert main(argv) == 1
-    assert "the rest comes from the cache" in capsys.readouterr().err
+    assert "the same again, with --retry-failed" in capsys.readouterr().err
 
     provider.answer("POST", CHAT, {"choices": []})
     assert main([*argv, "--force"]) == 0
@@ -401,9 +402,10 @@ def test_what_an_interrupted_local_run_left_is_not_mixed_into_a_new_one(provider
     """It would be run, and paid for, beside the new tasks: the refusal names the batch, and nothing is called."""
     argv = ["run", write_tasks(provider, "one"), "-o", "out.jsonl", "--local"]
     assert main([*argv, "--timeout", "0.2"]) == 4
-    batch_id = shlex.split(capsys.readouterr().err.split("to go on: ")[1].splitlines()[0])[-1]
+    batch_id = re.search("^batch ([0-9a-f-]{36}):", capsys.readouterr().err, re.MULTILINE)[1]
     calls = len(provider.requests)
     stalled.set()
+    os.remove("out.jsonl.checkpoint")
 
     assert main(argv) == 2
 
@@ -432,15 +434,19 @@ def test_a_run_out_of_time_says_how_to_go_on(local, provider, stalled, capsys):
     argv = ["run", write_tasks(provider, "one")]
     assert main([*argv, "--timeout", "0.2"]) == 4
     command = shlex.split(capsys.readouterr().err.split("to go on: ")[1].splitlines()[0])
+    assert command == ["synthgen", *argv, "--timeout", "0.2"]
 
     stalled.set()
-    assert main(command[1 : command.index("--timeout")] + command[-2:]) == 0
+    assert main(argv) == 0
     assert read_lines(capsys.readouterr().out)[0]["custom_id"] == "one"
     assert len(provider.requests) == 1
+    assert os.listdir() == ["tasks.jsonl"]
 
 
 def test_an_upload_whose_answer_is_lost_may_be_running(server, provider, monkeypatch, capsys):
-    """To start again might pay twice: it is said how to look first."""
+    """It was looked for, and was not there, time and again; the same words go on with it."""
+    monkeypatch.setattr("synthgen._read_back._UNSEEN_AFTER", 0.05)
+    monkeypatch.setattr("synthgen._read_back.SETTLED_AFTER", 0.05)
     monkeypatch.setenv("SYNTHGEN_BASE_URL", server.url)
     server.answer("GET", "/health", {"status": "healthy"})
     server.answer("POST", "/api/v1/batches", DROP)
@@ -448,7 +454,9 @@ def test_an_upload_whose_answer_is_lost_may_be_running(server, provider, monkeyp
     assert main(["run", write_tasks(provider, "one", "two")]) == 3
 
     said = capsys.readouterr().err
-    assert "0 of 2 tasks uploaded, perhaps more" in said and "see `synthgen watch " in said
+    assert "0 of 2 tasks uploaded" in said and "looking whether the upload was taken" in said
+    assert "to go on: synthgen run tasks.jsonl\n" in said
+    assert sorted(os.listdir()) == ["tasks.jsonl", "tasks.jsonl.checkpoint"]
 
 
 def test_an_upload_that_is_refused_can_be_started_again(server, provider, monkeypatch, capsys):
@@ -460,7 +468,89 @@ def test_an_upload_that_is_refused_can_be_started_again(server, provider, monkey
     assert main(["run", write_tasks(provider, "one", "two")]) == 2
 
     said = capsys.readouterr().err
-    assert "0 of 2 tasks uploaded\n" in said and "watch" not in said and "to start again: synthgen run" in said
+    assert "0 of 2 tasks uploaded\n" in said and "to go on: synthgen run tasks.jsonl" in said
+
+
+def test_other_tasks_than_those_of_the_run_that_was_interrupted_are_an_error(local, provider, stalled, capsys):
+    """It says so, and nothing is sent."""
+    assert main(["run", write_tasks(provider, "one"), "--timeout", "0.2"]) == 4
+    calls = len(provider.requests)
+    capsys.readouterr()
+
+    assert main(["run", write_tasks(provider, "two")]) == 2
+
+    error = capsys.readouterr().err
+    assert "tasks.jsonl.checkpoint: these are other tasks than before" in error and "remove this one" in error
+    assert len(provider.requests) == calls
+
+
+# run: only what failed
+
+
+def test_only_what_failed_is_run_again(local, provider, capsys):
+    """Its new results take the places of the old ones; the others are as they were, to the letter."""
+    argv = ["run", write_tasks(provider, "one", "fail 1", "three", "fail 2"), "-o", "out.jsonl"]
+    assert main(argv) == 1
+    before = Path("out.jsonl").read_bytes().splitlines()
+    provider.answer("POST", CHAT, {"choices": [{"message": {"content": "now"}}]})
+
+    assert main([*argv, "--retry-failed"]) == 0
+
+    after = Path("out.jsonl").read_bytes().splitlines()
+    assert [new == old for new, old in zip(after, before)] == [True, False, True, False]
+    assert [json.loads(line)["custom_id"] for line in after] == ["one", "fail 1", "three", "fail 2"]
+    assert {json.loads(line)["status"] for line in after} == {"COMPLETED"}
+    assert len(provider.requests) == 6
+    assert sorted(os.listdir()) == ["out.jsonl", "tasks.jsonl"]
+
+    assert main([*argv, "--retry-failed"]) == 0
+    assert "nothing in it has failed" in capsys.readouterr().err
+    assert len(provider.requests) == 6
+
+
+def test_what_fails_again_can_be_run_again(local, provider, capsys):
+    """Exit 1, as the first time."""
+    argv = ["run", write_tasks(provider, "one", "fail"), "-o", "out.jsonl"]
+
+    assert main(argv) == main([*argv, "--retry-failed"]) == main([*argv, "--retry-failed"]) == 1
+    assert len(provider.requests) == 4
+
+
+def test_a_repeat_of_what_failed_goes_on_where_it_was(local, provider, stalled):
+    """Interrupted, it has left the results as they were; started again, it calls nothing twice."""
+    stalled.set()
+    provider.answer("POST", CHAT, Answer({"error": "no"}, 400))
+    argv = ["run", write_tasks(provider, "one", "two"), "-o", "out.jsonl", "--retry-failed"]
+    assert main(argv[:-1]) == 1
+    before = Path("out.jsonl").read_bytes()
+    stalled.clear()
+    provider.answer("POST", CHAT, Answer({"choices": []}, hold=stalled))
+
+    assert main([*argv, "--timeout", "0.2"]) == 4
+    assert Path("out.jsonl").read_bytes() == before
+    stalled.set()
+    assert main(argv) == 0
+
+    assert len(provider.requests) == 4
+    assert sorted(os.listdir()) == ["out.jsonl", "tasks.jsonl"]
+
+
+@pytest.mark.parametrize("lines", ["", '{"custom_id": "one", "status": "FAILED"}\n' * 2, "nothing\n" * 2, "7\n7\n"])
+def test_results_of_other_tasks_are_not_mended(lines, local, provider, capsys):
+    """Too few, of other tasks, or no results: the error names the line, and nothing is sent."""
+    Path("out.jsonl").write_text(lines, encoding="ascii")
+
+    assert main(["run", write_tasks(provider, "one", "two"), "-o", "out.jsonl", "--retry-failed"]) == 2
+
+    assert "out.jsonl, line " in capsys.readouterr().err
+    assert provider.requests == [] and Path("out.jsonl").read_text(encoding="ascii") == lines
+
+
+@pytest.mark.parametrize("options", [[], ["-o", "out.jsonl", "--batch", "b"]])
+def test_a_repeat_of_what_failed_needs_the_results(options, provider, capsys):
+    """In a file, to be replaced."""
+    assert main(["run", write_tasks(provider, "one"), "--retry-failed", *options]) == 2
+    assert "-o OUT.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
