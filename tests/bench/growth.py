@@ -7,6 +7,7 @@ from typing import Any, Callable, Iterator, Tuple
 
 import embedded
 import exports
+import monitoring
 import uploads
 from measuring import Measured, Row, environment_of, job, main, measure, peak_megabytes, print_table, ratio, serving
 from uploads import make_tasks
@@ -59,11 +60,13 @@ def _connect(url: str) -> Any:
 
 def tables(quick: bool = False) -> None:
     counts = (10, 100) if quick else (1_000, 10_000, 100_000, 1_000_000)
-    print("| tasks | `iter_batch_tasks`, a task | memory, MB | `create_batch`, a task | memory, MB |")
-    print("|--:|--:|--:|--:|--:|")
+    names = ("`iter_batch_tasks`", "`create_batch`", "`run_batch`")
+    print("| tasks |", " | ".join(f"{name}, a task | memory, MB" for name in names), "|")
+    print("|--:|--:|--:|--:|--:|--:|--:|")
     with serving("framework") as url:
         for count in counts:
-            sides = (job(exports.__file__, "iterate", url, count), job(uploads.__file__, "generated", url, count))
+            jobs = ((exports, "iterate"), (uploads, "generated"), (monitoring, "to_file"))
+            sides = [job(str(module.__file__), name, url, count) for module, name in jobs]
             print(f"| {count:,} |", " | ".join(_per_task(run(), count) for run in sides), "|", flush=True)
     print()
     print("| tasks | server: upload, a task | memory, MB | export, a task | memory, MB | run, a task | memory, MB |")

@@ -1,5 +1,6 @@
 """monitor_batch: what matching costs beside the download, and what all of it costs beside its requests."""
 
+from tempfile import TemporaryDirectory
 from typing import Any, Iterator
 
 from measuring import Row, in_turn, job, main, measure, print_table, ratio, serving
@@ -40,6 +41,15 @@ def one_by_one(url: str, count: str) -> None:
         batch_id = client.create_batch(tasks).batch_id
         client.get_batch(batch_id)
         client.get_batch_tasks(batch_id)
+
+
+def to_file(url: str, count: str) -> None:
+    """Tasks from a generator, results into a file; a small batch first, so that the growth is that of many."""
+    client = _connect(url, count)
+    with TemporaryDirectory() as folder:
+        client.run_batch(make_tasks(1000), f"{folder}/few", show_progress=False)
+        with measure():
+            client.run_batch(make_tasks(int(count)), f"{folder}/many", show_progress=False)
 
 
 def _connect(url: str, batch_id: str) -> Any:
