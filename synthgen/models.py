@@ -102,7 +102,10 @@ _json_kinds: List[Any] = [
     core_schema.list_schema(_json, strict=True),
     # What is out of this range is no float either; below, a float would be taken for a whole number that is too large.
     core_schema.int_schema(strict=True, ge=-(10**309), le=10**309),
-    core_schema.float_schema(strict=True, allow_inf_nan=False),
+    # pydantic takes a Decimal for a float, too.
+    core_schema.chain_schema(
+        [core_schema.is_instance_schema(float), core_schema.float_schema(strict=True, allow_inf_nan=False)]
+    ),
 ]
 #: A copy in plain types of what pydantic-core is sure to write as json would.
 _plain_copy = SchemaValidator(

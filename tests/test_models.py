@@ -12,7 +12,7 @@ from typing import List, Optional
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, RootModel, ValidationError
 
@@ -133,6 +133,7 @@ anything = st.recursive(
 )
 
 
+@example(Decimal("1.5"))
 @given(anything)
 def test_what_is_sent_is_what_the_json_module_would_say(value):
     """The same values are refused, when a task is made and when it was changed since, and the same ones come back."""
