@@ -92,7 +92,9 @@ PATHS = ["/api/v1/batches", "/api/v1/batches/b", "/api/v1/batches/b/tasks/export
 
 
 @pytest.fixture
-def client(server):
+def client(server, monkeypatch):
+    monkeypatch.setattr("synthgen._read_back._UNSEEN_AFTER", 0.01)
+    monkeypatch.setattr("synthgen._read_back.SETTLED_AFTER", 0.01)
     with SynthgenClient(server.url, OURS, retries=1, backoff_factor=0) as opened:
         yield opened
 
