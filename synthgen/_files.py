@@ -50,6 +50,7 @@ def hold(file: IO[Any]) -> None:
     if sys.platform == "win32":
         import msvcrt
 
+        file.seek(0)  # where every process locks the same byte
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     else:
         import fcntl
