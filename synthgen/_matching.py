@@ -43,7 +43,7 @@ class ResultList:
 
     def match(
         self,
-        results: Iterable[Tuple[TaskResponse, bytes]],
+        results: Iterable[TaskResponse],
         look_up: Callable[[List[str]], Iterable[Optional[TaskResponse]]],
     ) -> Tuple[int, int]:
         """Sort results to the tasks, in place of those of an earlier call; see `ResultFile.match`."""
@@ -52,12 +52,11 @@ class ResultList:
             found = look_up([result.message_id for result in unnamed])
             return [named or result for named, result in zip(found, unnamed)]
 
-        received = (result for result, _ in results)
         surplus = 0
         if self._tasks is None:
-            self._results = list(received)
+            self._results = list(results)
         else:
-            self._results, surplus = match(self._tasks, received, name)
+            self._results, surplus = match(self._tasks, results, name)
         return sum(result is not None for result in self._results), surplus
 
     def __iter__(self) -> Iterator[TaskResponse]:

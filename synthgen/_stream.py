@@ -6,31 +6,31 @@ waits for the end of a line: memory stays at one read, or at the largest single 
 
 import json
 import re
-from typing import Any, Iterable, Iterator, Optional, Tuple
+from typing import Any, Iterable, Iterator, List, Optional, Tuple
 
 import pydantic_core
 
-__all__ = ["decoded", "iter_tasks"]
+__all__ = ["iter_tasks"]
 
 #: Takes half of the time, and makes a key that comes often once; the oldest pydantic that we take has none.
 _from_json = getattr(pydantic_core, "from_json", json.loads)
-_skip_gap = re.compile(rb"[ \t\r\n,]*").match
+_find_no_gap = re.compile(rb"[^ \t\r\n,]|\Z").search
 #: A text or a bracket, which show where they end; or a text that has not ended, a number or a word.
 _tokens = re.compile(rb'("[^"]*"|[\[\]{}])|"[^"]*|[^\s,:"\[\]{}]+').finditer
-#: How many bytes are looked through at first for where a value ends, and at most for what starts like it.
-_FIRST_LOOK, _LOOK_AHEAD = 4 * 1024, 64 * 1024
 _DEEPER = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
+#: How many bytes are looked through at first for where a value ends, and are decoded at once.
+_FIRST_LOOK, _AT_ONCE = 4 * 1024, 16 * 1024
 
 
-def iter_tasks(chunks: Iterable[bytes], with_source: bool = True) -> Iterator[Tuple[Any, bytes]]:
+def iter_tasks(chunks: Iterable[bytes], one_by_one: bool) -> Iterator[Tuple[List[Any], bytes]]:
     """Decode an export.
 
     Args:
         chunks: The body, cut anywhere, inside a character too.
-        with_source: Whether the bytes are wanted; without them it is faster.
+        one_by_one: Whether each task is to have its own bytes; several at a time are faster.
 
     Yields:
-        Each task, and the JSON that it was decoded from, or nothing.
+        Tasks, as JSON values, and the bytes that they were decoded from.
 
     Raises:
         EOFError: The bytes end before the JSON does.
@@ -40,21 +40,18 @@ def iter_tasks(chunks: Iterable[bytes], with_source: bool = True) -> Iterator[Tu
     while window.peek():
         window.skip(b"{")
         while window.peek() != b"}":
-            key = decoded(window.value())
+            key = _decoded(window.value())
             window.skip(b":")
             if key == "tasks" and window.peek() == b"[":
                 window.skip(b"[")
-                while window.peek() != b"]":
-                    source = window.value()
-                    yield decoded(source), source
-                    yield from window.values_like(source, one_by_one=with_source)
+                yield from window.values(one_by_one)
                 window.skip(b"]")
             else:
-                decoded(window.value())
+                _decoded(window.value())
         window.skip(b"}")
 
 
-def decoded(source: bytes) -> Any:
+def _decoded(source: bytes) -> Any:
     """The JSON value; a ValueError for what is none, or is nested too deeply."""
     try:
         return _from_json(source)
@@ -71,8 +68,7 @@ class _Window:
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._chunks = iter(chunks)
-        self._data = b""
-        self._at = self._ahead = 0
+        self._data, self._at, self._look, self._guessing = b"", 0, _FIRST_LOOK, False
 
     def peek(self) -> bytes:
         """The next byte that is neither space nor comma; empty at the end."""
@@ -92,58 +88,62 @@ class _Window:
 
     def value(self) -> bytes:
         """The JSON value that comes next: to where its brackets and quotes end, whatever is between them."""
-        self.peek()
-        size = _FIRST_LOOK
-        while True:
-            length = _length_of_value(self._data[self._at : self._at + size])
-            if length is not None:
-                self._at += length
-                return self._data[self._at - length : self._at]
-            if self._at + size >= len(self._data) and not self._read(size):
-                raise EOFError("cut short")
-            size *= 2  # so that a huge value is scanned a few times and not once per read
+        return next(filter(None, iter(self._whole_value, None)))
 
-    def values_like(self, source: bytes, one_by_one: bool) -> Iterator[Tuple[Any, bytes]]:
-        """The values that come next, and the bytes that each was decoded from, or in which it was with others.
+    def values(self, one_by_one: bool) -> Iterator[Tuple[List[Any], bytes]]:
+        """The values that are left of a list.
 
-        They are cut where something starts as this one did. That is a guess, since there may be such a place within
+        Most are cut where something starts as one before did. That is a guess, since there may be such a place within
         a value too, but a safe one: what is before it is JSON between brackets only when it is right.
         """
-        gap = self._gap()
-        after = b"}" + gap + source[: source.find(b":")]
-        self._at += len(gap)
-        find = self._data.find if one_by_one else self._data.rfind
-        while True:
-            end = find(after, self._at, self._at + self._ahead) + 1
-            source = self._data[self._at : end]
-            try:
-                values = decoded(b"[%b]" % source) if end else []
-            except ValueError:
-                self._ahead = 0  # in this window, where it might be wrong for each value
-                return
-            if not values or (one_by_one and len(values) > 1):
-                return
-            self._at = end + len(gap)
-            for value in values:
-                yield value, source
+        after = b""
+        while self.peek() != b"]":
+            source = self._whole_value()
+            if source:
+                yield [_decoded(source)], source
+                gap = self._gap()
+                self._at += len(gap)
+                after = b"}" + gap + source[: source.find(b":")]
+            while after and self._guessing:
+                end = -1 if one_by_one else self._data.rfind(after, self._at, self._at + _AT_ONCE)
+                end = (self._data.find(after, self._at) if end < 0 else end) + 1
+                source = self._data[self._at : end]
+                try:  # where no such place is, that is no JSON either
+                    values = _decoded(b"[%b]" % source) if source and not one_by_one else [_decoded(source)]
+                except ValueError:
+                    self._guessing = False  # until more is read: it might be wrong for each value
+                    break
+                self._at = end + len(gap)
+                self._look = _FIRST_LOOK
+                yield values, source
+
+    def _whole_value(self) -> bytes:
+        """The value that comes next; nothing if its end was not found, but the next time there is more to look at."""
+        end = self._at + self._look
+        length = _length_of_value(self._data[self._at : end])
+        if length is not None:
+            self._look = _FIRST_LOOK
+            self._at += length
+            return self._data[self._at - length : self._at]
+        if end >= len(self._data) and not self._read(self._look):
+            raise EOFError("cut short")
+        self._look *= 2  # so that a huge value is scanned a few times and not once per read
+        return b""
 
     def _gap(self) -> bytes:
-        gap = _skip_gap(self._data, self._at)
-        return gap[0] if gap else b""
+        no_gap = _find_no_gap(self._data, self._at)
+        return self._data[self._at : no_gap.start()] if no_gap else b""
 
     def _read(self, at_least: int) -> bool:
         """Add so many bytes, if there are; whether any came."""
         parts = [self._data[self._at :]]
-        added = 0
         for chunk in self._chunks:
             parts.append(chunk)
-            added += len(chunk)
-            if added >= at_least:
+            at_least -= len(chunk)
+            if at_least <= 0:
                 break
-        self._data = b"".join(parts)
-        self._at = 0
-        self._ahead = _LOOK_AHEAD
-        return added > 0
+        self._data, self._at, self._guessing = b"".join(parts), 0, True
+        return len(parts) > 1
 
 
 def _length_of_value(data: bytes) -> Optional[int]:

@@ -403,11 +403,11 @@ class _Call(SynthgenClient):
         self.batch_id = batch_id
         super()._upload(batch_id, lines, key)
 
-    def _stream_export(self, *args: Any, **options: Any) -> Generator[Tuple[TaskResponse, bytes], None, None]:
+    def _stream_export(self, *args: Any, **options: Any) -> Generator[Tuple[Iterable[TaskResponse], bytes], None, None]:
         with closing(super()._stream_export(*args, **options)) as stream:
-            for task in stream:
+            for tasks in stream:
                 self._check()
-                yield task
+                yield tasks
 
 
 class _Drawn(Iterator[Task]):

@@ -36,7 +36,7 @@ from typing import (
 from urllib.parse import quote
 
 import requests
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from requests.adapters import HTTPAdapter
 from urllib3.filepost import encode_multipart_formdata
 
@@ -93,6 +93,8 @@ _HEALTH_TIMEOUT = 30.0  # the framework needs 8 s and more to say that Elasticse
 _READ_BYTES = 256 * 1024
 _IDLE_CONNECTIONS = 64  # kept for so many threads
 _LOOK_UPS_AT_ONCE = 16
+
+_task_list = TypeAdapter(List[TaskResponse])
 
 _Path = Union[str, "os.PathLike[str]"]
 _Results = Union[ResultList, "ResultFile"]
@@ -393,7 +395,7 @@ class SynthgenClient:
             NotFoundError: There is no such batch.
             ConnectionFailedError: The stream broke, and so did the repeats.
         """
-        return (task for task, _ in self._iter_export(_batch_path(batch_id), task_status, with_source=False))
+        return self._iter_export(_batch_path(batch_id), task_status, with_source=False)
 
     def get_batch_tasks(
         self,
@@ -680,8 +682,8 @@ class SynthgenClient:
 
     def _iter_export(
         self, batch_path: str, task_status: Optional[Union[TaskStatus, str]], with_source: bool
-    ) -> Generator[Tuple[TaskResponse, bytes], None, None]:
-        """Each task once, with its JSON if wanted, whatever becomes of the streams that they come in."""
+    ) -> Generator[Any, None, None]:
+        """Each task once, beside its JSON if wanted, whatever becomes of the streams that they come in."""
         before = self._get_batch(batch_path)
         seen: Set[str] = set()
         repeats = 0  # in a row that brought nothing new
@@ -691,10 +693,11 @@ class SynthgenClient:
                 # The adapter repeats the first request; from then on the repeats are counted here.
                 retries = 0 if repeats else self._retries
                 with closing(self._stream_export(batch_path, task_status, retries, with_source)) as stream:
-                    for task, source in stream:
-                        if task.message_id not in seen:
-                            seen.add(task.message_id)
-                            yield task, source
+                    for tasks, source in stream:
+                        for task in tasks:
+                            if task.message_id not in seen:
+                                seen.add(task.message_id)
+                                yield (task, source) if with_source else task
                 after = self._get_batch(batch_path)
                 expected = min(_expected(before, task_status), _expected(after, task_status))
                 if len(seen) >= expected:
@@ -714,7 +717,7 @@ class SynthgenClient:
 
     def _stream_export(
         self, batch_path: str, task_status: Optional[Union[TaskStatus, str]], retries: int, with_source: bool
-    ) -> Generator[Tuple[TaskResponse, bytes], None, None]:
+    ) -> Generator[Tuple[Iterable[TaskResponse], bytes], None, None]:
         path = f"{batch_path}/tasks/export"
         what = self._name("GET", path)
         params = None if task_status is None else {"task_status": str(task_status)}
@@ -723,8 +726,12 @@ class SynthgenClient:
         with self._send("GET", path, params=params, headers=headers, retries=retries) as response:
             check_status(response, what, self._api_key)
             try:
-                for task, source in iter_tasks(response.iter_content(_READ_BYTES), with_source):
-                    yield parse(TaskResponse, task, what), source
+                for values, source in iter_tasks(response.iter_content(_READ_BYTES), one_by_one=with_source):
+                    try:
+                        tasks: Iterable[TaskResponse] = _task_list.validate_python(values)
+                    except ValidationError:  # for parse to say where, after those before it
+                        tasks = (parse(TaskResponse, value, what) for value in values)
+                    yield tasks, source
             except (EOFError, *WIRE_ERRORS) as exc:
                 raise ConnectionFailedError(f"{what}: the stream broke off: {innermost(exc)}") from exc
             except ValueError as exc:

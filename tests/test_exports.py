@@ -163,6 +163,40 @@ def test_streams_that_bring_nothing_new_end_in_an_error(server, client, broken):
     assert exports(server) == 1 + RETRIES
 
 
+@pytest.mark.parametrize("wrong", [{"status": None}, {"created_at": "yesterday"}, {"body": []}])
+def test_a_task_of_another_shape_is_an_error_that_says_where(server, client, wrong):
+    """Wherever it is in the stream; all before it were given."""
+    tasks = [framework_task(number) for number in range(50)]
+    tasks[30].update(wrong)
+    server.answer("GET", PATH, batch(50))
+    server.answer("GET", EXPORT, Answer(chunks=[export_line(tasks)]))
+    received = []
+
+    (place,) = wrong
+    with pytest.raises(InvalidResponseError, match=f"/tasks/export: the answer is no TaskResponse: {place}.*: "):
+        for one in client.iter_batch_tasks("b"):
+            received.append(one)
+
+    assert ids(received) == [str(number) for number in range(30)]
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "\udc00 \u2028", float("nan"), 10**400], ids=repr)
+def test_what_json_takes_and_few_others_do_is_taken(server, client, tmp_path, text):
+    """As a provider, or a server's JSON, may have it; the tasks beside it are not affected."""
+    tasks = [framework_task(number) for number in range(50)]
+    tasks[30]["completions"] = {"text": text}
+    line = json.dumps({"tasks": tasks}).encode("ascii")
+    server.answer("GET", PATH, batch(50))
+    server.answer("GET", EXPORT, Answer(chunks=[line]))
+
+    received = client.get_batch_tasks("b")
+    assert client.export_batch("b", tmp_path / "out.jsonl") == 50
+
+    assert ids(received) == [str(number) for number in range(50)]
+    assert repr(received[30].completions["text"]) == repr(text)
+    assert len((tmp_path / "out.jsonl").read_bytes().splitlines()) == 50
+
+
 def test_streams_that_never_begin_are_asked_for_a_bounded_number_of_times(server, client):
     """The first with the retries of any request, then once for each repeat: together they don't multiply."""
     server.answer("GET", PATH, batch(4))
