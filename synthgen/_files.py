@@ -26,7 +26,7 @@ def replacing(path: Union[str, "os.PathLike[str]"]) -> Iterator[BinaryIO]:
             os.unlink(left)
     part = f"{target}.{uuid.uuid4().hex[:8]}.part"
     try:
-        with open(part, "xb") as file:
+        with open(part, "xb", buffering=256 * 1024) as file:  # by default each line of an export would be a write
             with suppress(OSError):  # where the file system knows no locks, nothing is removed above
                 hold(file)
             yield file
