@@ -131,16 +131,17 @@ def _match_one_to_one(tasks: Sequence[Task], results: Sequence[TaskResponse]) ->
 
     None where it is otherwise, keys in another order included: then some task is left without a result.
     """
-    places = {_hash(task): index for index, task in enumerate(tasks)}
-    if None in places or not len(places) == len(tasks) == len(results):
+    if len(tasks) != len(results):
         return None
-    matched: List[Optional[TaskResponse]] = [None] * len(tasks)
-    for result in results:
-        index = places.pop(_hash(result), None)
-        if index is None or result_name(result) not in (None, task_name(tasks[index])):
+    try:
+        by_hash = dict(zip(map(_hash, results), results))
+        matched = [by_hash.pop(_hash(task)) for task in tasks]
+    except (KeyError, ValueError):  # not the same, or not for pydantic-core to write
+        return None
+    for task, result in zip(tasks, matched):
+        if result_name(result) not in (None, task_name(task)):
             return None
-        matched[index] = result
-    return matched
+    return list(matched)
 
 
 def task_name(one: Union[Task, TaskResponse]) -> Name:
@@ -153,11 +154,8 @@ def result_name(result: TaskResponse) -> Optional[Name]:
     return task_name(result) if "custom_id" in result.model_fields_set else None
 
 
-def _hash(one: Union[Task, TaskResponse]) -> Optional[int]:
-    try:
-        return hash(to_json([one.body, one.dataset, one.source]))
-    except ValueError:  # not for pydantic-core to write
-        return None
+def _hash(one: Union[Task, TaskResponse]) -> int:
+    return hash(to_json([one.body, one.dataset, one.source]))
 
 
 def task_digest(task: Task) -> bytes:
