@@ -67,6 +67,8 @@ class ResultList:
         """The position of each task without a result."""
         return (position for position, result in enumerate(self._results) if result is None)
 
+_UNFINISHED = (TaskStatus.PENDING, TaskStatus.PROCESSING)
+
 
 def match(
     tasks: Sequence[Task],
@@ -84,12 +86,14 @@ def match(
     Returns:
         For each task its result or None, and how many results belong to no task.
     """
-    results = [result for result in results if result.status not in (TaskStatus.PENDING, TaskStatus.PROCESSING)]
+    results = [result for result in results if result.status not in _UNFINISHED]
     matched = _match_one_to_one(tasks, results) or _match_any(tasks, results, look_up)
+    surplus = len(results)
     for task, found in zip(tasks, matched):
         if found is not None:
             found.custom_id = task.custom_id
-    return matched, len(results) - len(matched) + matched.count(None)
+            surplus -= 1
+    return matched, surplus
 
 
 def _match_any(
