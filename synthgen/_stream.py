@@ -96,14 +96,14 @@ class _Window:
         Most are cut where something starts as one before did. That is a guess, since there may be such a place within
         a value too, but a safe one: what is before it is JSON between brackets only when it is right.
         """
-        after = b""
+        after, self._guessing = b"", True
         while self.peek() != b"]":
             source = self._whole_value()
             if source:
                 yield [_decoded(source)], source
                 gap = self._gap()
                 self._at += len(gap)
-                after = b"}" + gap + source[: source.find(b":")]
+                after = gap and b"}" + gap + source[: source.find(b":")]
             while after and self._guessing:
                 end = -1 if one_by_one else self._data.rfind(after, self._at, self._at + _AT_ONCE)
                 end = (self._data.find(after, self._at) if end < 0 else end) + 1
@@ -111,7 +111,7 @@ class _Window:
                 try:  # where no such place is, that is no JSON either
                     values = _decoded(b"[%b]" % source) if source and not one_by_one else [_decoded(source)]
                 except ValueError:
-                    self._guessing = False  # until more is read: it might be wrong for each value
+                    self._guessing = False  # until more is read: it might be wrong for each value of the list
                     break
                 self._at = end + len(gap)
                 self._look = _FIRST_LOOK

@@ -208,6 +208,18 @@ def test_many_tasks_are_found_by_how_they_start(scans, layout, one_by_one):
 
 
 @pytest.mark.parametrize("one_by_one", [True, False])
+def test_tasks_of_short_lines_are_found_by_how_they_start(scans, one_by_one):
+    """One that starts so in the next line is no reason to look through all that a read brought."""
+    exported = [framework_task(number) for number in range(2000)]
+    lines = b"".join(export_line(exported[start : start + 100]) for start in range(0, 2000, 100))
+
+    found = received([lines], one_by_one)
+
+    assert [value for value, _ in found] == exported
+    assert len(scans) < len(exported) / 2
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
 @pytest.mark.parametrize("size", [10, 5000, 1_000_000])
 def test_tasks_that_start_in_many_ways_come_out_whole(size, one_by_one):
     """With their keys in any order, and with others like them inside."""
