@@ -67,6 +67,7 @@ class ResultList:
         """The position of each task without a result."""
         return (position for position, result in enumerate(self._results) if result is None)
 
+
 _UNFINISHED = (TaskStatus.PENDING, TaskStatus.PROCESSING)
 
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Callable, Iterable, Iterator, List, Optional, 
 
 from ._chunks import as_task
 from ._matching import Name, result_digest, result_name, share_out, task_digest, task_name
-from ._stream import _decoded
+from ._stream import decoded
 from .models import Task, TaskResponse, TaskStatus
 
 __all__ = ["ResultFile", "in_pieces"]
@@ -125,7 +125,7 @@ class ResultFile:
         """Each result, in the order of the tasks, with its task's custom_id."""
         joined = "matched JOIN tasks USING (position) JOIN results ON results.id = result_id"
         for source, custom_id in self._read(f"SELECT source, tasks.custom_id FROM {joined} ORDER BY position"):
-            result = TaskResponse.model_validate(_decoded(source))
+            result = TaskResponse.model_validate(decoded(source))
             result.custom_id = custom_id
             yield result
 

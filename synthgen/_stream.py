@@ -10,7 +10,7 @@ from typing import Any, Iterable, Iterator, List, Optional, Tuple
 
 import pydantic_core
 
-__all__ = ["iter_tasks"]
+__all__ = ["decoded", "iter_tasks"]
 
 #: Takes half of the time, and makes a key that comes often once; the oldest pydantic that we take has none.
 _from_json = getattr(pydantic_core, "from_json", json.loads)
@@ -40,18 +40,18 @@ def iter_tasks(chunks: Iterable[bytes], one_by_one: bool) -> Iterator[Tuple[List
     while window.peek():
         window.skip(b"{")
         while window.peek() != b"}":
-            key = _decoded(window.value())
+            key = decoded(window.value())
             window.skip(b":")
             if key == "tasks" and window.peek() == b"[":
                 window.skip(b"[")
                 yield from window.values(one_by_one)
                 window.skip(b"]")
             else:
-                _decoded(window.value())
+                decoded(window.value())
         window.skip(b"}")
 
 
-def _decoded(source: bytes) -> Any:
+def decoded(source: bytes) -> Any:
     """The JSON value; a ValueError for what is none, or is nested too deeply."""
     try:
         return _from_json(source)
@@ -100,7 +100,7 @@ class _Window:
         while self.peek() != b"]":
             source = self._whole_value()
             if source:
-                yield [_decoded(source)], source
+                yield [decoded(source)], source
                 gap = self._gap()
                 self._at += len(gap)
                 after = gap and b"}" + gap + source[: source.find(b":")]
@@ -109,7 +109,7 @@ class _Window:
                 end = (self._data.find(after, self._at) if end < 0 else end) + 1
                 source = self._data[self._at : end]
                 try:  # where no such place is, that is no JSON either
-                    values = _decoded(b"[%b]" % source) if source and not one_by_one else [_decoded(source)]
+                    values = decoded(b"[%b]" % source) if source and not one_by_one else [decoded(source)]
                 except ValueError:
                     self._guessing = False  # until more is read: it might be wrong for each value of the list
                     break
