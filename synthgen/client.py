@@ -276,7 +276,7 @@ class SynthgenClient:
         With both, come back to a batch: nothing is sent, and the tasks serve for order and matching.
 
         Args:
-            tasks: What to options. None of them: an empty list is returned.
+            tasks: What to run. None of them: an empty list is returned.
             batch_id: A batch that exists.
             cost_by_1m_input_token: Price of a million input tokens, for the display.
             cost_by_1m_output_token: Price of a million output tokens, for the display.
