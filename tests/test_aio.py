@@ -306,7 +306,7 @@ def test_a_cancelled_upload_is_not_sent_again(run, server):
 
     async def main():
         async with AsyncSynthgenClient(server.url) as client:
-            call = asyncio.ensure_future(client.create_batch(tasks(1), batch_id="b"))
+            call = asyncio.ensure_future(client.create_batch(tasks(1)))
             await in_thread(server.wait_for_requests, 1)
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
