@@ -120,7 +120,8 @@ def _run(args: argparse.Namespace) -> int:
             return _OK
         has_failed = _write_results(args, tasks)
     if not args.batch:
-        os.remove(_checkpoint(args))
+        with suppress(FileNotFoundError):
+            os.remove(_checkpoint(args))
     if has_failed:
         how = "--retry-failed (no --force, no --batch)" if args.output else "no --batch: the rest comes from the cache"
         _say(f"to repeat only what failed: the same again, with {how}")

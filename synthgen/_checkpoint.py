@@ -104,7 +104,7 @@ class Checkpoint:
         """Note that these were all."""
         if chunks < len(self._chunks):
             raise self._other_tasks(chunks)
-        if self._end is None:
+        if self._end is None and chunks:
             self._write({"end": tasks})
 
     def error(self, what: str) -> CheckpointError:

@@ -1,14 +1,31 @@
 """Tasks, cut into uploads."""
 
 import math
+from abc import ABC, abstractmethod
 from itertools import chain, repeat
 from typing import Any, Iterable, Iterator, List, Tuple
 
 from .models import Task, TaskResponse
 
-__all__ = ["Chunks", "as_task"]
+__all__ = ["Chunks", "TaskSource", "as_task"]
 
 _MAX_BYTES = 8 * 1024 * 1024
+
+
+class TaskSource(ABC):
+    """Tasks that can be read as often as is wanted; of other iterables not even a length says that they can."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many there are."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Task]:
+        """The tasks, from the first on."""
+
+
+TaskSource.register(list)
+TaskSource.register(tuple)
 
 
 class Chunks:

@@ -25,6 +25,8 @@ __all__ = ["ReadBack"]
 #: How long nothing of an upload may be seen, while the server answers, before it was not taken. The framework handles
 #: one in less than a second, and shows it after its index refresh of 5 s; the rest is for a worker that is busy.
 _UNSEEN_AFTER = 30.0
+#: How long the queue of uploads, which is everybody's, may keep us from knowing.
+_LONGEST_LOOK = 3600.0
 _FIRST_PAUSE, _PAUSE_GROWTH, _LONGEST_PAUSE = 0.1, 1.5, 2.0
 
 
@@ -84,31 +86,36 @@ class ReadBack:
     ) -> List[Task]:
         """Those of a chunk that the batch does not have; blocks until that is known.
 
+        By the tasks themselves: of the total alone, tasks that the server lost earlier could be missing.
+
         Args:
             chunk: What was sent.
-            before: How many tasks the batch had before.
-            before_tasks: These tasks, where they can be read once more.
-            is_own: Nobody else adds to the batch, so that its total tells.
+            before: How many tasks were sent to the batch, or were in it, before.
+            before_tasks: Those sent before, where they can be read once more.
+            is_own: Nobody else adds to the batch.
 
         Raises:
-            APIError: The server was away for too long, or has other tasks than it can have by this upload.
+            APIError: The server was away for too long, or which tasks are there can't be told.
             BatchTimeoutError: There was no time left.
         """
-        total = self.settled_total(before, before + len(chunk) if is_own else None)
-        if total == before:
-            return chunk
-        if is_own and total == before + len(chunk):
-            return []
+        total = self.settled_total(before)
         wanted = Counter(map(task_digest, chunk))
-        there = self._count(wanted, total)
-        for task in before_tasks or ():
-            digest = task_digest(task)
-            if digest in wanted:
-                there[digest] -= 1
-        if sum(there.values()) != total - before and not (is_own and before_tasks is not None):
+        there = self._count(wanted, total) if total else Counter()
+        if not there:
+            return chunk
+        alike = None if before_tasks is None else Counter(d for d in map(task_digest, before_tasks) if d in wanted)
+        there.subtract(alike or ())
+        is_known = is_own and alike is not None and not alike  # nothing else in the batch is like this chunk
+        others_may_be_alike = not is_own and max(wanted.values()) > 1
+        if not is_known and (others_may_be_alike or sum(there.values()) != total - before):
+            if is_own and alike is None and any(there[digest] > count for digest, count in wanted.items()):
+                # Earlier ones are alike, and can't be counted: the total has to tell.
+                if total in (before, before + len(chunk)):
+                    return chunk if total == before else []
             raise InvalidResponseError(
                 f"batch {self._batch_id!r} has {total:,} tasks, and had {before:,} before an upload of {len(chunk):,} "
-                f"whose answer was lost; {sum(there.values()):,} are alike to those: does something else add to it?"
+                "whose answer was lost; others in it are alike, or something else adds to it: which of them "
+                "are there can't be told"
             )
         missing = []
         for task in chunk:
@@ -118,11 +125,11 @@ class ReadBack:
                 missing.append(task)
         return missing
 
-    def settled_total(self, before: int, whole: Optional[int] = None) -> int:
-        """The batch's total, once it will not change any more: at once where it is ``whole``."""
+    def settled_total(self, before: int) -> int:
+        """The batch's total, once it will not change any more."""
         away, pause = 0, _FIRST_PAUSE
         total: Optional[int] = None
-        quiet_since = unqueued_since = time.monotonic()
+        started = quiet_since = unqueued_since = time.monotonic()
         while True:
             self.check_deadline()
             try:
@@ -135,8 +142,6 @@ class ReadBack:
                 self._pause(away, exc)
                 continue
             away, now = 0, time.monotonic()
-            if total == whole:
-                return total
             if total != last:
                 quiet_since = now
             if is_queued or last is None:
@@ -144,6 +149,8 @@ class ReadBack:
             needed = SETTLED_AFTER if total > before else _UNSEEN_AFTER
             if now - quiet_since >= needed and now - unqueued_since >= SETTLED_AFTER:
                 return total
+            if now - started > _LONGEST_LOOK:
+                raise ServerError(f"batch {self._batch_id!r} does not come to rest: uploads are queued, or it grows")
             self._sleep(pause)
             pause = min(pause * _PAUSE_GROWTH, _LONGEST_PAUSE)
 

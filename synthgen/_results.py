@@ -70,10 +70,14 @@ class ResultFile:
         os.close(handle)
         # An asyncio client closes it in another thread than it made it in.
         self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-        for statement in _SETUP:
-            self._write(statement)
         if sys.platform != "win32":
             os.unlink(self._path)  # what is open lives on, and a killed process leaves nothing
+        try:
+            for statement in _SETUP:
+                self._write(statement)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let go of the file."""

@@ -10,13 +10,14 @@ from typing import BinaryIO, Iterator, Optional
 
 from pydantic import ValidationError
 
+from ._chunks import TaskSource
 from .exceptions import ConfigurationError
 from .models import Task, TaskStatus, reasons
 
 __all__ = ["FailedTasks", "TaskFile"]
 
 
-class TaskFile:
+class TaskFile(TaskSource):
     """The tasks of a file, as often as they are asked for; one is in memory at a time.
 
     Args:
@@ -73,7 +74,7 @@ class TaskFile:
         return Task.model_validate(fields)
 
 
-class FailedTasks:
+class FailedTasks(TaskSource):
     """Those tasks of a file that have FAILED, by a file with the results of all of them.
 
     Args:
@@ -96,14 +97,15 @@ class FailedTasks:
             for number, (task, line) in enumerate(zip_longest(self._tasks, file), 1):
                 try:
                     result = json.loads(line or b"")
-                    if task is None or result["custom_id"] != task.custom_id:
+                    has_failed = result["status"] == TaskStatus.FAILED
+                    if task is None or (result["custom_id"], result["body"]) != (task.custom_id, task.body):
                         raise ValueError
                 except (ValueError, KeyError, TypeError, RecursionError):
                     raise ConfigurationError(
                         f"{self._path}, line {number}: not the result of that task: "
                         "--retry-failed needs the tasks that the file was made from"
                     ) from None
-                if result["status"] == TaskStatus.FAILED:
+                if has_failed:
                     yield task
 
     def merge(self, results: BinaryIO, file: BinaryIO) -> None:

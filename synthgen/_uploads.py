@@ -71,7 +71,7 @@ class Upload:
         self._chunk_key = ""
         self._unsent: List[Task] = []
         self._in_doubt = False
-        self._unseen = ""
+        self._why_unknown = ""
 
     def run(self) -> int:
         """Send all tasks; return their number.
@@ -92,9 +92,10 @@ class Upload:
             if self._checkpoint:
                 self._checkpoint.end(sent, self._uploaded)
         except KeyboardInterrupt:
+            known = f"{self._uploaded:,} tasks are in it, the next {len(self._unsent):,} may be. "
+            known *= not self._checkpoint  # that knows better
             raise KeyboardInterrupt(
-                f"batch {self._batch_id!r} was being uploaded: {self._uploaded:,} tasks are in it, the next "
-                f"{len(self._unsent):,} may be. {self._how_to_go_on('the others')}"
+                f"batch {self._batch_id!r} was being uploaded: {known}{self._how_to_go_on('the others')}"
             ) from None
         except CheckpointError:
             raise
@@ -111,7 +112,7 @@ class Upload:
             if not total and not self._deduplicates:  # what was taken a moment ago may be on its way
                 total = self._read_back.settled_total(0)
             if not total:
-                gone = self._checkpoint.error(f"it is of batch {self._batch_id!r}, which is gone from the server")
+                gone = self._checkpoint.error(f"the server has nothing of its batch {self._batch_id!r} (deleted?)")
                 raise NotFoundError(gone.message, status_code=404)
         elif self._repeats and not self._deduplicates and not self._is_own:
             self._before = self._read_back.total()
@@ -120,10 +121,8 @@ class Upload:
         """Send a chunk until all of it was taken; after a lost answer, only what the batch does not have."""
         start, repeats = self._uploaded, self._repeats
         self._unsent, self._in_doubt = chunk, False
-        self._chunk_key = f"{self._key}-{index}" if index else self._key
-        known = Sent(self._chunk_key)
-        if self._checkpoint:
-            known = self._checkpoint.begin(index, chunk, lines, self._chunk_key)
+        key = f"{self._key}-{index}" if index else self._key
+        known = self._checkpoint.begin(index, chunk, lines, key) if self._checkpoint else Sent(key)
         self._chunk_key = known.key
         if known.in_doubt and not self._deduplicates:
             self._look_for(chunk, start)
@@ -132,15 +131,15 @@ class Upload:
             if len(self._unsent) < len(chunk):
                 lines = b"\n".join(task.to_line() for task in self._unsent)
             # Under a key of before, an earlier call may have sent what this one could not.
-            sent_before = self._chunk_key == known.key and (known.in_doubt or self._is_key_given)
+            may_be_known = self._chunk_key == known.key and (known.in_doubt or self._is_key_given)
             self._in_doubt = True
             try:
                 self._post(lines, self._chunk_key)
                 break
             except Exception as exc:
-                self._in_doubt = sent_before or not self._was_refused(exc)
+                self._in_doubt = may_be_known or not self._was_refused(exc)
                 # A server that deduplicates refuses tasks that were sent with another key of the provider's.
-                is_other_body = sent_before and isinstance(exc, InvalidRequestError)
+                is_other_body = may_be_known and isinstance(exc, InvalidRequestError)
                 if not (self._in_doubt and repeats and (is_other_body or not self._deduplicates)):
                     raise
                 self._monitor.note(f"looking whether the upload was taken all the same: {exc}")
@@ -148,7 +147,7 @@ class Upload:
                 try:
                     self._look_for(chunk, start)
                 except APIError as failed:
-                    self._unseen = f", and looking whether it was taken failed: {failed}"
+                    self._why_unknown = f", and looking whether it was taken failed: {failed}"
                     raise exc
         self._uploaded, self._unsent = start + len(chunk), []
         if self._checkpoint and not known.was_taken:
@@ -169,7 +168,7 @@ class Upload:
         first = "First look whether the batch has those of error.unconfirmed, and send them if it has not. "
         return BatchUploadError(
             f"batch {self._batch_id!r}: {self._uploaded:,} tasks were uploaded{maybe}, "
-            f"then: {str(exc) or type(exc).__name__}{self._unseen}. "
+            f"then: {str(exc) or type(exc).__name__}{self._why_unknown}. "
             + first * bool(maybe and not self._checkpoint)
             + self._how_to_go_on("error.remaining", "error.batch_id"),
             status_code=exc.status_code if isinstance(exc, APIError) else None,

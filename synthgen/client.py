@@ -42,7 +42,7 @@ from urllib3.filepost import encode_multipart_formdata
 
 from ._answers import WIRE_ERRORS, asked_pause, check_status, no_answer, parse, read_json
 from ._checkpoint import Checkpoint
-from ._chunks import as_task
+from ._chunks import TaskSource, as_task
 from ._config import read_config
 from ._files import replacing
 from ._matching import ResultList
@@ -244,7 +244,7 @@ class SynthgenClient:
             if not idempotency_key or not is_header_value(idempotency_key):
                 raise ValueError("an idempotency key must be text that fits a header")
             chunk_size = max(chunk_size, len(tasks) if isinstance(tasks, Sized) else 0)
-        again = tasks if isinstance(tasks, Sized) else None
+        again = tasks if isinstance(tasks, TaskSource) else None
         with _watching(monitor) as told, self._noting(checkpoint, batch_id, chunk_size) as noted:
             created = self._submit(
                 tasks, chunk_size, batch_id, told, noted, is_own=is_own, again=again, key=idempotency_key
@@ -582,7 +582,7 @@ class SynthgenClient:
     def _run(self, options: _Options, tasks: Optional[Iterable[Task]], results: _Results, monitor: Monitor) -> Batch:
         """Submit tasks, or note those of a batch that exists; wait, until each has a result; return the batch."""
         deadline = None if options.timeout is None else time.monotonic() + options.timeout
-        again = tasks if isinstance(tasks, Sized) else None
+        again = tasks if isinstance(tasks, TaskSource) else None
         batch_id = _new_batch_id(options.batch_id)
         submits = tasks is not None and options.batch_id is None
         if submits:

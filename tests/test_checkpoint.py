@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from builders import task, tasks
+from builders import task
 from clock import Clock
 from faults import FaultyProxy
 from framework import Framework
@@ -18,6 +18,11 @@ from synthgen.exceptions import BatchUploadError, CheckpointError, Configuration
 from synthgen.local import DemoProvider, LocalServer
 
 UPLOADS = "/api/v1/batches"
+
+
+def tasks(count):
+    """Tasks 0, 1, 2, ...; no cache hides a second call."""
+    return [task(str(number), use_cache=False) for number in range(count)]
 
 
 @pytest.fixture(params=[False, True], ids=["framework", "deduplicating"])
@@ -111,9 +116,11 @@ def test_it_holds_no_task_and_no_key(server, client, path):
 
 def test_another_provider_key_is_no_other_task(server, client, path):
     """Keys are changed from time to time."""
-    break_off(server, client, path, Answer(None, 401), [task(str(i), api_key="sk-1") for i in range(6)])
+    break_off(
+        server, client, path, Answer(None, 401), [task(str(i), api_key="sk-1", use_cache=False) for i in range(6)]
+    )
 
-    client.create_batch([task(str(i), api_key="sk-2-longer") for i in range(6)], 2, checkpoint=path)
+    client.create_batch([task(str(i), api_key="sk-2-longer", use_cache=False) for i in range(6)], 2, checkpoint=path)
 
     assert server.calls == dict.fromkeys(map(str, range(6)), 1)
 
@@ -266,7 +273,7 @@ def test_a_batch_that_is_gone_is_not_found(server, client, path):
     batch_id = client.create_batch(tasks(2), checkpoint=path).batch_id
     client.delete_batch(batch_id)
 
-    with pytest.raises(NotFoundError, match="gone from the server") as caught:
+    with pytest.raises(NotFoundError, match="has nothing of its batch") as caught:
         client.monitor_batch(tasks(2), show_progress=False, checkpoint=path)
 
     assert str(path) in str(caught.value) and batch_id in str(caught.value)
@@ -282,6 +289,14 @@ def test_a_batch_that_is_not_ingested_yet_is_not_gone(clock, server, client, pat
         server.ingests = False
         server._batch_queue += [(batch_ids(server).pop(), line) for line in server.requests[0].file.split(b"\n")]
         clock.at(20, server.ingest)
+
+    assert client.create_batch(tasks(2), checkpoint=path).total_tasks == 2
+
+
+def test_no_tasks_leave_nothing_to_contradict(server, client, path):
+    """An iterator that was read already, say: with the right tasks the same file is as good as new."""
+    with pytest.raises(ValueError, match="no tasks"):
+        client.create_batch(iter(()), checkpoint=path)
 
     assert client.create_batch(tasks(2), checkpoint=path).total_tasks == 2
 

@@ -535,7 +535,9 @@ def test_a_repeat_of_what_failed_goes_on_where_it_was(local, provider, stalled):
     assert sorted(os.listdir()) == ["out.jsonl", "tasks.jsonl"]
 
 
-@pytest.mark.parametrize("lines", ["", '{"custom_id": "one", "status": "FAILED"}\n' * 2, "nothing\n" * 2, "7\n7\n"])
+@pytest.mark.parametrize(
+    "lines", ["", '{"custom_id": "one", "status": "FAILED"}\n' * 2, "nothing\n" * 2, "7\n7\n", '{"custom_id": "one"}\n']
+)
 def test_results_of_other_tasks_are_not_mended(lines, local, provider, capsys):
     """Too few, of other tasks, or no results: the error names the line, and nothing is sent."""
     Path("out.jsonl").write_text(lines, encoding="ascii")

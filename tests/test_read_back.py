@@ -6,7 +6,7 @@ Time is the test's (`Clock`), and the server is the framework, which deduplicate
 import itertools
 
 import pytest
-from builders import task, tasks
+from builders import task
 from clock import Clock
 from framework import Framework, prompt_of
 from servers import DROP, Answer
@@ -21,6 +21,11 @@ from synthgen.exceptions import (
 )
 
 UPLOADS = "/api/v1/batches"
+
+
+def tasks(count):
+    """Tasks 0, 1, 2, ...; no cache hides a second call."""
+    return [task(str(number), use_cache=False) for number in range(count)]
 
 
 @pytest.fixture
@@ -74,7 +79,7 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("answer", UNKNOWN.values(), ids=list(UNKNOWN))
 def test_an_upload_that_was_taken_is_not_sent_again(server, client, answer):
-    """Whatever its answer was; the total tells at once, without waiting for it to settle."""
+    """Whatever its answer was."""
     lose(server, server.play, taken_but(answer)(server))
 
     assert client.create_batch(tasks(6), 2).total_tasks == 6
@@ -188,27 +193,103 @@ def test_where_content_and_total_contradict_each_other_the_upload_ends(server, c
 
     lose(server, server.play, take_one)
 
-    with pytest.raises(BatchUploadError, match="does something else add to it") as caught:
+    with pytest.raises(BatchUploadError, match="can't be told") as caught:
         client.create_batch((one for one in given), 2)
 
     assert caught.value.uploaded == 2 and caught.value.unconfirmed == given[2:]
 
 
-def test_a_batch_that_something_else_adds_to_is_told_by_its_tasks(server, client):
-    """Other tasks come in meanwhile; ours are not among them."""
+@pytest.mark.parametrize("is_alike", [True, False])
+def test_what_something_else_adds_to_a_batch_is_told_from_ours_by_its_tasks(server, client, is_alike):
+    """Unless it is alike: then nothing is guessed."""
     client.create_batch(tasks(3), batch_id="b")
-    others = [task("other")]
+    ours = [task("ours", use_cache=False)]
 
     def lose_beside_another(request):
         server.answer("POST", UPLOADS, server.play)
         with SynthgenClient(server.url, "k") as other:
-            other.create_batch(others, batch_id="b")
+            other.create_batch([*ours, task("more")] if is_alike else [task("other")], batch_id="b")
         return DROP
 
     lose(server, lose_beside_another)
 
-    with pytest.raises(BatchUploadError, match="4 tasks, and had 3 before"):
-        client.create_batch([task("ours")], batch_id="b")
+    if is_alike:
+        with pytest.raises(BatchUploadError, match="5 tasks, and had 3 before"):
+            client.create_batch(ours, batch_id="b")
+    else:
+        client.create_batch(ours, batch_id="b")
+        assert server.calls["ours"] == 1
+
+
+def test_many_of_the_same_in_a_batch_of_your_own_are_not_guessed_about(server, client):
+    """The index lags: those of a call before may come to be seen only now."""
+    same = [task("same", use_cache=False)] * 2
+    server.refreshes = False
+    client.create_batch(same, batch_id="b")
+    lose(server, lambda request: (server.refresh(), DROP)[1])
+
+    with pytest.raises(BatchUploadError, match="can't be told") as caught:
+        client.create_batch(same, batch_id="b")
+
+    assert caught.value.unconfirmed == same
+
+
+class WithProgress:
+    """What draws a bar over an iterator: it has a length, and can be read once."""
+
+    def __init__(self, given):
+        self._given, self._length = iter(given), len(given)
+
+    def __len__(self):
+        return self._length
+
+    def __iter__(self):
+        yield from self._given
+
+
+def test_what_has_a_length_is_not_read_twice(server, client):
+    """Though a chunk of it was taken in part."""
+
+    def take_one(request):
+        server.ingests = False
+        server.play(request)
+        server.ingest(1)
+        server._batch_queue.clear()
+        server.ingests = True
+        return DROP
+
+    lose(server, server.play, take_one)
+
+    assert client.create_batch(WithProgress(tasks(8)), 2).total_tasks == 8
+    assert_called_once(server, tasks(8))
+
+
+@pytest.mark.parametrize("lost", [1, 2], ids=["one", "all"])
+@pytest.mark.parametrize("kind", [list, iter])
+def test_a_total_that_lacks_tasks_lost_earlier_is_no_proof(server, client, kind, lost):
+    """As many are missing as the chunk has: it was taken, and is not sent again."""
+    given = tasks(2 + lost)
+    server.loses = lambda one: one["custom_id"] in ["0", "1"][:lost]
+    lose(server, server.play, taken_but(DROP)(server))
+
+    try:
+        client.create_batch(kind(given), 2)
+    except BatchUploadError as error:
+        assert kind is iter and error.unconfirmed == given[2:]
+
+    assert set(server.calls.values()) == {1}
+
+
+def test_a_queue_that_is_never_empty_ends_the_looking(clock, server, client):
+    """It is everybody's, and may be long: after an hour the chunk is unconfirmed."""
+    services = {"batch_queue_messages": 1, "batch_queue_consumers": 1}
+    server.answer("GET", "/health", {"status": "healthy", "services": services})
+    lose(server, DROP)
+
+    with pytest.raises(BatchUploadError, match="does not come to rest") as caught:
+        client.create_batch(tasks(2))
+
+    assert len(caught.value.unconfirmed) == 2 and 3600 <= clock.now < 3700
 
 
 @pytest.mark.parametrize("was_taken", [True, False])

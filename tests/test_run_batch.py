@@ -231,6 +231,16 @@ def test_a_full_disk_is_an_error_of_the_system_that_loses_nothing(server, client
     assert len(read(path)) == 3 and len(uploads(server)) == 1
 
 
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(server, client, path, monkeypatch):
+    """Nothing is sent."""
+    monkeypatch.setattr(_results, "_SETUP", ("PRAGMA max_page_count = 1", *_results._SETUP))
+
+    with pytest.raises(OSError):
+        client.run_batch(tasks(3), path, show_progress=False)
+
+    assert os.listdir(path.parent) == [] and uploads(server) == []
+
+
 def test_nothing_but_the_output_is_left_and_seen(server, client, path):
     """The file that results wait in has no name any more, where a system allows that."""
     seen = []
