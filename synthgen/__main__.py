@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from functools import partial
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Opti
 
 from pydantic import BaseModel
 
+from ._checkpoint import Checkpoint
 from ._estimates import plan
 from ._files import replacing
 from ._progress import health_rows, money, printable
@@ -46,6 +48,7 @@ __all__ = ["main"]
 _OK, _SOME_FAILED, _REFUSED, _UNREACHABLE, _UNFINISHED, _INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 _PORT = 8002  # the client's default, too
+_CHUNK_SIZE = 1000
 _DEMO_PRICES = BatchCost(input=0.15, output=0.60)
 _DEMO = [f"solve {a}x + 4 = {4 + a * x}" for a, x in zip(range(2, 12), (3, 5, 2, 7, 4, 9, 6, 8, 1, 10))]
 
@@ -151,6 +154,11 @@ def _write_results(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks]
 
 
 def _run_batch(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks], file: BinaryIO) -> bool:
+    if args.local and not args.batch and os.path.exists(_checkpoint(args)):
+        # The server goes on with what it was told before: not if the tasks are others now.
+        server = os.path.realpath(_database(args))
+        with closing(Checkpoint(_checkpoint(args), server, str(uuid.uuid4()), _CHUNK_SIZE)) as checkpoint:
+            checkpoint.check(tasks)
     with _local_client(args) if args.local else _client(args) as client, _saying_how_to_go_on(args):
         if args.batch:
             client.get_batch(args.batch)  # a name that is wrong is found out now
@@ -160,6 +168,7 @@ def _run_batch(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks], fi
             args.batch,
             args.input_cost,
             args.output_cost,
+            chunk_size=_CHUNK_SIZE,
             timeout=args.timeout,
             stall_timeout=args.stall_timeout,
             monitor=choose_monitor(),

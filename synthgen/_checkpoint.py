@@ -12,8 +12,9 @@ import json
 import os
 from contextlib import suppress
 from hashlib import blake2b
-from typing import Any, Dict, List, NamedTuple, Optional, Set, Union
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Set, Union
 
+from ._chunks import Chunks
 from ._files import hold
 from .exceptions import CheckpointError
 from .models import Task
@@ -64,6 +65,7 @@ class Checkpoint:
             lines = self._read()
             if not lines:
                 lines = [{"format": _FORMAT, "server": server, "batch_id": batch_id, "chunk_size": chunk_size}]
+                os.chmod(self._path, 0o600)  # an empty file may have been there
                 self._write(lines[0])
                 self._sync_folder()
             self._parse(lines)
@@ -81,6 +83,15 @@ class Checkpoint:
     def has_taken(self) -> bool:
         """Whether an earlier run got any tasks into the batch."""
         return bool(self._taken)
+
+    def check(self, tasks: Iterable[Task]) -> None:
+        """Raise a CheckpointError if these are other tasks than an earlier run noted; nothing is noted."""
+        index = -1
+        for index, (chunk, lines) in enumerate(Chunks(tasks, self.chunk_size, self.counts)):
+            if index == len(self._chunks) and self._end is None:
+                return
+            self.begin(index, chunk, lines, "")
+        self.end(index + 1, 0)
 
     def begin(self, index: int, tasks: List[Task], lines: bytes, key: str) -> Sent:
         """Note that a chunk is about to be sent; or say what an earlier run noted of it."""
@@ -104,7 +115,7 @@ class Checkpoint:
         """Note that these were all."""
         if chunks < len(self._chunks):
             raise self._other_tasks(chunks)
-        if self._end is None and chunks:
+        if self._end is None and tasks:
             self._write({"end": tasks})
 
     def error(self, what: str) -> CheckpointError:
@@ -119,7 +130,7 @@ class Checkpoint:
         try:
             hold(self._file)
         except (BlockingIOError, PermissionError):
-            raise self.error("another run has it open") from None
+            raise CheckpointError(f"{self._path}: another run has it open; wait until that has ended") from None
         except OSError:
             pass  # the file system knows no locks
 

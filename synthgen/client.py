@@ -355,6 +355,11 @@ class SynthgenClient:
         call = "run_batch(tasks, path, "
         options = _Options(call, batch_id, prices, chunk_size, poll_interval, timeout, stall_timeout, checkpoint)
         tasks = _checked_tasks(tasks)
+        if not isinstance(path, (str, os.PathLike)) and not hasattr(path, "write"):
+            raise TypeError(f"path must be that of a file, or a binary file that is open, not {path!r}")
+        if checkpoint is not None and isinstance(path, (str, os.PathLike)):
+            if os.path.realpath(path) == os.path.realpath(checkpoint):
+                raise ValueError(f"{os.fspath(path)} can't be the output and the checkpoint, too")
         with ExitStack() as opened:
             told = opened.enter_context(_watching(choose_monitor() if monitor is None and show_progress else monitor))
             file = opened.enter_context(replacing(path)) if isinstance(path, (str, os.PathLike)) else path
@@ -647,7 +652,9 @@ class SynthgenClient:
                 expected = wait.batch.total_tasks if wait.batch else 0
             if wait.batch is not None and matched >= expected:
                 if surplus:
-                    monitor.note(f"{surplus:,} more results than tasks: the batch was run more than once in part")
+                    monitor.note(
+                        f"{surplus:,} more results than tasks: some were run more than once, or are of other tasks"
+                    )
                 return wait.batch
             lacking = f"{expected - matched:,} of {expected:,} tasks"
             unmatched = f"; {surplus:,} results match no task" if surplus else ""
@@ -895,7 +902,8 @@ def _expected(batch: Batch, task_status: Optional[Union[TaskStatus, str]]) -> in
 
 def _checked_tasks(tasks: Iterable[Task]) -> Iterable[Task]:
     """The tasks; those of a list are looked at now, before anything is sent, others as they are read."""
-    if isinstance(tasks, (BaseModel, dict, str, bytes)):  # iterable, too, but of something else
+    # A model and a text are iterable, too, but of something else.
+    if isinstance(tasks, (BaseModel, dict, str, bytes)) or not isinstance(tasks, Iterable):
         raise TypeError(f"tasks must be an iterable of Task, not one {type(tasks).__name__}")
     return list(map(as_task, tasks, count())) if isinstance(tasks, (list, tuple)) else tasks
 

@@ -174,6 +174,15 @@ def test_more_tasks_than_a_finished_one_are_refused(server, client, path):
     assert len(sent(server)) == 2
 
 
+def test_an_empty_file_is_a_new_one_for_its_owner_alone(server, client, path):
+    """Made by ``touch``, or by ``mktemp``."""
+    path.touch(0o644)
+
+    client.create_batch(tasks(2), checkpoint=path)
+
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
 def test_another_server_is_refused(server, client, path):
     """The error names both; nothing is sent."""
     client.create_batch(tasks(2), checkpoint=path)

@@ -148,11 +148,11 @@ def test_without_deduplication_a_thousand_tasks_come_back_once_each_too(soon, se
 
 RUN = """
 import sys
-from synthgen import SynthgenClient, _read_back
-from synthgen.__main__ import main
+from synthgen import SynthgenClient, __main__, _read_back
 vars(_read_back).update(SOON)
-SynthgenClient.run_batch.__kwdefaults__.update(chunk_size=20, poll_interval=0.05)
-sys.exit(main(sys.argv[1:]))
+SynthgenClient.run_batch.__kwdefaults__.update(poll_interval=0.05)
+__main__._CHUNK_SIZE = 20
+sys.exit(__main__.main(sys.argv[1:]))
 """
 
 

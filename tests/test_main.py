@@ -484,6 +484,20 @@ def test_other_tasks_than_those_of_the_run_that_was_interrupted_are_an_error(loc
     assert len(provider.requests) == calls
 
 
+def test_a_local_run_of_other_tasks_is_refused_before_its_server_calls_anything(provider, stalled, capsys):
+    """The server would go on with the batch of before."""
+    assert main(["run", write_tasks(provider, "one"), "-o", "out.jsonl", "--local", "--timeout", "0.2"]) == 4
+    calls = len(provider.requests)
+    stalled.set()
+
+    for prompts in (("two",), ("one", "two")):
+        assert main(["run", write_tasks(provider, *prompts), "-o", "out.jsonl", "--local"]) == 2
+        assert "these are other tasks than before" in capsys.readouterr().err
+
+    assert len(provider.requests) == calls
+    assert main(["run", write_tasks(provider, "one"), "-o", "out.jsonl", "--local"]) == 0
+
+
 # run: only what failed
 
 

@@ -206,6 +206,32 @@ def test_surplus_results_are_dropped_with_a_note(server, client, path):
     assert len(read(path)) == 3 and "3 more results than tasks" in notes[0]
 
 
+@pytest.mark.parametrize("given", [None, 7, task(), "tasks.jsonl"])
+def test_what_is_no_list_of_tasks_is_refused(server, client, path, given):
+    """At once."""
+    with pytest.raises(TypeError, match="iterable of Task"):
+        client.run_batch(given, path, show_progress=False)
+
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("output", [None, 7, b"answers.jsonl"])
+def test_what_is_no_file_is_refused(server, client, output):
+    """Before anything is sent."""
+    with pytest.raises(TypeError, match="path must be"):
+        client.run_batch(tasks(1), output, show_progress=False)
+
+    assert server.requests == []
+
+
+def test_the_output_is_not_the_checkpoint(server, client, path):
+    """The one would replace the other."""
+    with pytest.raises(ValueError, match="can't be the output and the checkpoint"):
+        client.run_batch(tasks(1), str(path), checkpoint=path, show_progress=False)
+
+    assert server.requests == []
+
+
 def test_a_folder_that_is_not_there_is_found_out_before_anything_is_sent(server, client, tmp_path):
     """It is named."""
     with pytest.raises(OSError, match="nowhere"):
