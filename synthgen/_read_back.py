@@ -134,31 +134,33 @@ class ReadBack:
             self.check_deadline()
             try:
                 last, total = total, self.total(retries=0)
-                is_queued = self._has_queued_uploads()
             except AWAY_ERRORS as exc:
                 away, total = away + 1, None
                 if away > self._retries:
                     raise
                 self._pause(away, exc)
                 continue
+            is_queued = self._has_queued_uploads()
             away, now = 0, time.monotonic()
             if total != last:
                 quiet_since = now
             if is_queued or last is None:
                 unqueued_since = now
             needed = SETTLED_AFTER if total > before else _UNSEEN_AFTER
-            if now - quiet_since >= needed and now - unqueued_since >= SETTLED_AFTER:
+            if is_queued is False and now - quiet_since >= needed and now - unqueued_since >= SETTLED_AFTER:
                 return total
             if now - started > _LONGEST_LOOK:
                 raise ServerError(f"batch {self._batch_id!r} does not come to rest: uploads are queued, or it grows")
             self._sleep(pause)
             pause = min(pause * _PAUSE_GROWTH, _LONGEST_PAUSE)
 
-    def _has_queued_uploads(self) -> bool:
-        health = self._check_health()
-        if not knows_queues(health):
-            raise ServerError(f"the server does not know its queues ({health.error or 'RabbitMQ is down'})")
-        return bool(health.services.batch_queue_messages)
+    def _has_queued_uploads(self) -> Optional[bool]:
+        """Whether uploads wait, as far as the server knows; None if it does not answer that just now."""
+        try:
+            health = self._check_health()
+        except AWAY_ERRORS:
+            return None
+        return not knows_queues(health) or bool(health.services.batch_queue_messages)
 
     def _count(self, wanted: "Counter[bytes]", total: int) -> "Counter[bytes]":
         """How often each of these is in the batch; all of its ``total`` tasks are looked at."""

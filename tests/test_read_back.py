@@ -395,6 +395,16 @@ def test_while_rabbitmq_is_down_nothing_is_believed(clock, server, client):
     assert len(sent(server)) == 1
 
 
+def test_a_health_that_is_not_told_is_waited_for(server, client):
+    """More often than the retries: the batch itself answers, so the server is not away."""
+    server.answer("GET", "/health", *[DROP] * 9, server.play)
+    lose(server, DROP)
+
+    assert client.create_batch(tasks(2)).total_tasks == 2
+
+    assert len(sent(server)) == 2
+
+
 @pytest.mark.parametrize("options", [{"retries": 0}, {"idempotent_uploads": True, "retries": 1}])
 def test_without_repeats_or_with_deduplication_nothing_is_looked_at(clock, server, options):
     """The one sends nothing again, the other knows by its key."""
