@@ -667,8 +667,8 @@ class SynthgenClient:
             raise BatchIncompleteError(
                 f"batch {batch_id!r}: {lacking} never arrived; {why}{unmatched}",
                 batch_id=batch_id,
-                results=results,
-                missing=(task for index, task in enumerate(tasks or ()) if index in missing),
+                results=list(results),
+                missing=[task for index, task in enumerate(tasks or ()) if index in missing],
                 health=stuck,
             )
 

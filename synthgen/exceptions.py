@@ -23,6 +23,7 @@ All of them pickle. The tasks that an error holds are pickled without their prov
 """
 
 import json
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Iterable, List, Mapping, Optional, Tuple
 
 from requests.structures import CaseInsensitiveDict
@@ -87,6 +88,7 @@ class ErrorResponse:
             raise ValueError("nested too deeply") from None
 
 
+@dataclass(eq=False, repr=False)
 class SynthgenError(Exception):
     """Base of every error here.
 
@@ -94,9 +96,10 @@ class SynthgenError(Exception):
         message: What went wrong, and what to try.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
+    message: str
+
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
 
 
 class ConfigurationError(SynthgenError, ValueError):
@@ -115,6 +118,7 @@ class ContentError(SynthgenError, ValueError):
     """A task has no content, or not one that `TaskResponse.parse` was asked for."""
 
 
+@dataclass(eq=False, repr=False)
 class APIError(SynthgenError):
     """A request to the server did not give what it should.
 
@@ -124,12 +128,8 @@ class APIError(SynthgenError):
         response: The answer, where there was one.
     """
 
-    def __init__(
-        self, message: str, *, status_code: Optional[int] = None, response: Optional[ErrorResponse] = None
-    ) -> None:
-        super().__init__(message)
-        self.status_code = status_code
-        self.response = response
+    status_code: Optional[int] = None
+    response: Optional[ErrorResponse] = None
 
 
 class AuthenticationError(APIError):
@@ -144,6 +144,7 @@ class InvalidRequestError(APIError):
     """Any other 4xx: the server understood the request and refuses it."""
 
 
+@dataclass(eq=False, repr=False)
 class RateLimitError(APIError):
     """429: too many requests.
 
@@ -151,16 +152,7 @@ class RateLimitError(APIError):
         retry_after: How long the server asks to wait, in seconds; None where it did not say.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status_code: Optional[int] = None,
-        response: Optional[ErrorResponse] = None,
-        retry_after: Optional[float] = None,
-    ) -> None:
-        super().__init__(message, status_code=status_code, response=response)
-        self.retry_after = retry_after
+    retry_after: Optional[float] = None
 
 
 class ServerError(APIError):
@@ -175,6 +167,7 @@ class InvalidResponseError(APIError):
     """A whole answer that is not what the API promises: HTML, another shape, a redirect."""
 
 
+@dataclass(eq=False, repr=False)
 class BatchUploadError(APIError):
     """An upload ended early. ``create_batch(error.remaining, batch_id=error.batch_id)`` goes on.
 
@@ -188,24 +181,11 @@ class BatchUploadError(APIError):
             (the embedded one does) takes the same list under the same key only once.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status_code: Optional[int] = None,
-        response: Optional[ErrorResponse] = None,
-        batch_id: str = "",
-        uploaded: int = 0,
-        unconfirmed: Iterable["Task"] = (),
-        remaining: Optional[Iterable["Task"]] = None,
-        idempotency_key: Optional[str] = None,
-    ) -> None:
-        super().__init__(message, status_code=status_code, response=response)
-        self.batch_id = batch_id
-        self.uploaded = uploaded
-        self.unconfirmed: List[Task] = list(unconfirmed)
-        self.remaining = remaining
-        self.idempotency_key = idempotency_key
+    batch_id: str = ""
+    uploaded: int = 0
+    unconfirmed: List["Task"] = field(default_factory=list)
+    remaining: Optional[Iterable["Task"]] = None
+    idempotency_key: Optional[str] = None
 
     def __reduce__(self) -> Tuple[Any, ...]:
         remaining = _without_keys(self.remaining) if isinstance(self.remaining, list) else None
@@ -213,6 +193,7 @@ class BatchUploadError(APIError):
         return type(self), self.args, state
 
 
+@dataclass(eq=False, repr=False)
 class BatchTimeoutError(SynthgenError, TimeoutError):
     """The time given to ``monitor_batch`` ran out; the batch goes on.
 
@@ -221,12 +202,11 @@ class BatchTimeoutError(SynthgenError, TimeoutError):
         batch: Its state when last seen; None if it never was.
     """
 
-    def __init__(self, message: str, *, batch_id: str = "", batch: Optional["Batch"] = None) -> None:
-        super().__init__(message)
-        self.batch_id = batch_id
-        self.batch = batch
+    batch_id: str = ""
+    batch: Optional["Batch"] = None
 
 
+@dataclass(eq=False, repr=False)
 class BatchStalledError(SynthgenError):
     """Tasks are waiting, and nothing on the server consumes their queue.
 
@@ -236,20 +216,12 @@ class BatchStalledError(SynthgenError):
         health: What the server said of its queues.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        batch_id: str = "",
-        batch: Optional["Batch"] = None,
-        health: Optional["HealthResponse"] = None,
-    ) -> None:
-        super().__init__(message)
-        self.batch_id = batch_id
-        self.batch = batch
-        self.health = health
+    batch_id: str = ""
+    batch: Optional["Batch"] = None
+    health: Optional["HealthResponse"] = None
 
 
+@dataclass(eq=False, repr=False)
 class BudgetExceededError(SynthgenError):
     """What the server may spend is used up, and tasks wait; started again with a higher cap it goes on.
 
@@ -260,16 +232,13 @@ class BudgetExceededError(SynthgenError):
         waiting: How many tasks of the batch wait.
     """
 
-    def __init__(
-        self, message: str, *, batch_id: str = "", spent: float = 0.0, cap: float = 0.0, waiting: int = 0
-    ) -> None:
-        super().__init__(message)
-        self.batch_id = batch_id
-        self.spent = spent
-        self.cap = cap
-        self.waiting = waiting
+    batch_id: str = ""
+    spent: float = 0.0
+    cap: float = 0.0
+    waiting: int = 0
 
 
+@dataclass(eq=False, repr=False)
 class BatchIncompleteError(SynthgenError):
     """Some tasks have no result and none is coming.
 
@@ -280,20 +249,10 @@ class BatchIncompleteError(SynthgenError):
         health: What the server said of its queues; None if it did not answer.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        batch_id: str = "",
-        results: Iterable["TaskResponse"] = (),
-        missing: Iterable["Task"] = (),
-        health: Optional["HealthResponse"] = None,
-    ) -> None:
-        super().__init__(message)
-        self.batch_id = batch_id
-        self.results: List[TaskResponse] = list(results)
-        self.missing: List[Task] = list(missing)
-        self.health = health
+    batch_id: str = ""
+    results: List["TaskResponse"] = field(default_factory=list)
+    missing: List["Task"] = field(default_factory=list)
+    health: Optional["HealthResponse"] = None
 
     def __reduce__(self) -> Tuple[Any, ...]:
         return type(self), self.args, dict(self.__dict__, missing=_without_keys(self.missing))
