@@ -6,6 +6,7 @@ reached through the functions given.
 
 import time
 from collections import Counter
+from dataclasses import dataclass
 from typing import Callable, Iterable, List, Optional
 
 from ._matching import result_digest, task_digest
@@ -30,10 +31,11 @@ _LONGEST_LOOK = 3600.0
 _FIRST_PAUSE, _PAUSE_GROWTH, _LONGEST_PAUSE = 0.1, 1.5, 2.0
 
 
+@dataclass(frozen=True)
 class ReadBack:
     """Looks into one batch for tasks whose upload got no answer.
 
-    Args:
+    Attributes:
         get_batch: Asks for the batch, with as many ``retries`` as are given.
         check_health: Asks for the server's health once.
         iter_tasks: The tasks in the batch, as they are now.
@@ -44,36 +46,24 @@ class ReadBack:
         deadline: When to give up, by ``time.monotonic()``; None for never.
     """
 
-    def __init__(
-        self,
-        get_batch: Callable[..., Batch],
-        check_health: Callable[[], HealthResponse],
-        iter_tasks: Callable[[], Iterable[TaskResponse]],
-        pause: Callable[[int, APIError], None],
-        sleep: Callable[[float], None],
-        *,
-        batch_id: str,
-        retries: int,
-        deadline: Optional[float],
-    ) -> None:
-        self._get_batch = get_batch
-        self._check_health = check_health
-        self._iter_tasks = iter_tasks
-        self._pause = pause
-        self._sleep = sleep
-        self._batch_id = batch_id
-        self._retries = retries
-        self._deadline = deadline
+    get_batch: Callable[..., Batch]
+    check_health: Callable[[], HealthResponse]
+    iter_tasks: Callable[[], Iterable[TaskResponse]]
+    pause: Callable[[int, APIError], None]
+    sleep: Callable[[float], None]
+    batch_id: str
+    retries: int
+    deadline: Optional[float]
 
     def check_deadline(self) -> None:
         """Raise BatchTimeoutError if there is no time left."""
-        if self._deadline is not None and time.monotonic() >= self._deadline:
-            raise BatchTimeoutError(f"batch {self._batch_id!r}: the time ran out", batch_id=self._batch_id)
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise BatchTimeoutError(f"batch {self.batch_id!r}: the time ran out", batch_id=self.batch_id)
 
     def total(self, **options: int) -> int:
         """How many tasks the batch has just now; 0 where there is no such batch, or none of it was ingested yet."""
         try:
-            return self._get_batch(**options).total_tasks
+            return self.get_batch(**options).total_tasks
         except NotFoundError:
             return 0
         except ServerError as exc:
@@ -113,7 +103,7 @@ class ReadBack:
                 if total in (before, before + len(chunk)):
                     return chunk if total == before else []
             raise InvalidResponseError(
-                f"batch {self._batch_id!r} has {total:,} tasks, and had {before:,} before an upload of {len(chunk):,} "
+                f"batch {self.batch_id!r} has {total:,} tasks, and had {before:,} before an upload of {len(chunk):,} "
                 "whose answer was lost; others in it are alike, or something else adds to it: which of them "
                 "are there can't be told"
             )
@@ -136,9 +126,9 @@ class ReadBack:
                 last, total = total, self.total(retries=0)
             except AWAY_ERRORS as exc:
                 away, total = away + 1, None
-                if away > self._retries:
+                if away > self.retries:
                     raise
-                self._pause(away, exc)
+                self.pause(away, exc)
                 continue
             is_queued = self._has_queued_uploads()
             away, now = 0, time.monotonic()
@@ -150,14 +140,14 @@ class ReadBack:
             if is_queued is False and now - quiet_since >= needed and now - unqueued_since >= SETTLED_AFTER:
                 return total
             if now - started > _LONGEST_LOOK:
-                raise ServerError(f"batch {self._batch_id!r} does not come to rest: uploads are queued, or it grows")
-            self._sleep(pause)
+                raise ServerError(f"batch {self.batch_id!r} does not come to rest: uploads are queued, or it grows")
+            self.sleep(pause)
             pause = min(pause * _PAUSE_GROWTH, _LONGEST_PAUSE)
 
     def _has_queued_uploads(self) -> Optional[bool]:
         """Whether uploads wait, as far as the server knows; None if it does not answer that just now."""
         try:
-            health = self._check_health()
+            health = self.check_health()
         except AWAY_ERRORS:
             return None
         return not knows_queues(health) or bool(health.services.batch_queue_messages)
@@ -166,10 +156,10 @@ class ReadBack:
         """How often each of these is in the batch; all of its ``total`` tasks are looked at."""
         there: Counter[bytes] = Counter()
         seen = 0
-        for seen, task in enumerate(self._iter_tasks(), 1):
+        for seen, task in enumerate(self.iter_tasks(), 1):
             digest = result_digest(task)
             if digest in wanted:
                 there[digest] += 1
         if seen < total:
-            raise ConnectionFailedError(f"batch {self._batch_id!r}: an export ended after {seen:,} of {total:,} tasks")
+            raise ConnectionFailedError(f"batch {self.batch_id!r}: an export ended after {seen:,} of {total:,} tasks")
         return there

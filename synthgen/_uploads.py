@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Sized
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import Callable, Iterable, List, Optional
 
@@ -15,10 +16,11 @@ from .monitor import Monitor
 __all__ = ["Upload"]
 
 
+@dataclass
 class Upload:
     """Sends tasks to a batch. What may have been taken is not sent again before the batch was looked at.
 
-    Args:
+    Attributes:
         tasks: What to send; read once.
         post: Sends a chunk under a key; the server deduplicates by it if `deduplicates`.
         was_refused: Whether a chunk whose sending ended like this was surely not taken.
@@ -34,37 +36,24 @@ class Upload:
         checkpoint: Where to note what was taken.
     """
 
-    def __init__(
-        self,
-        tasks: Iterable[Task],
-        post: Callable[[bytes, str], None],
-        was_refused: Callable[[Exception], bool],
-        read_back: ReadBack,
-        monitor: Monitor,
-        *,
-        batch_id: str,
-        chunk_size: int,
-        is_own: bool,
-        again: Optional[Iterable[Task]],
-        repeats: int,
-        deduplicates: bool,
-        key: Optional[str],
-        checkpoint: Optional[Checkpoint],
-    ) -> None:
-        self._post = post
-        self._was_refused = was_refused
-        self._read_back = read_back
-        self._monitor = monitor
-        self._batch_id = batch_id
-        self._is_own = is_own
-        self._again = again
-        self._repeats = 0 if key else repeats
-        self._deduplicates = deduplicates
-        self._is_key_given = key is not None
-        self._key = key or uuid.uuid4().hex
-        self._checkpoint = checkpoint
-        self._total = len(again) if isinstance(again, Sized) else None
-        self._chunks = Chunks(tasks, chunk_size, checkpoint.counts if checkpoint else ())
+    tasks: Iterable[Task]
+    post: Callable[[bytes, str], None]
+    was_refused: Callable[[Exception], bool]
+    read_back: ReadBack
+    monitor: Monitor
+    batch_id: str
+    chunk_size: int
+    is_own: bool
+    again: Optional[Iterable[Task]]
+    repeats: int
+    deduplicates: bool
+    key: Optional[str]
+    checkpoint: Optional[Checkpoint]
+
+    def __post_init__(self) -> None:
+        self._first_key = self.key or uuid.uuid4().hex
+        self._total = len(self.again) if isinstance(self.again, Sized) else None
+        self._chunks = Chunks(self.tasks, self.chunk_size, self.checkpoint.counts if self.checkpoint else ())
         self._before = 0  # tasks that were in the batch when the upload began
         self._uploaded = 0
         #: Of the chunk that is being sent: its key, what is not known to be in the batch, and whether that may be.
@@ -84,18 +73,18 @@ class Upload:
         sent = 0
         try:
             self._look_at_batch()
-            self._monitor.upload(self._batch_id, 0, self._total)
+            self.monitor.upload(self.batch_id, 0, self._total)
             for sent, (chunk, lines) in enumerate(self._chunks, 1):
                 self._send(sent - 1, chunk, lines)
                 chunk.clear()  # they are held elsewhere too, and would be until the next chunk is made
-                self._monitor.upload(self._batch_id, self._uploaded, self._total)
-            if self._checkpoint:
-                self._checkpoint.end(sent, self._uploaded)
+                self.monitor.upload(self.batch_id, self._uploaded, self._total)
+            if self.checkpoint:
+                self.checkpoint.end(sent, self._uploaded)
         except KeyboardInterrupt:
             known = f"{self._uploaded:,} tasks are in it, the next {len(self._unsent):,} may be. "
-            known *= not self._checkpoint  # that knows better
+            known *= not self.checkpoint  # that knows better
             raise KeyboardInterrupt(
-                f"batch {self._batch_id!r} was being uploaded: {known}{self._how_to_go_on('the others')}"
+                f"batch {self.batch_id!r} was being uploaded: {known}{self._how_to_go_on('the others')}"
             ) from None
         except CheckpointError:
             raise
@@ -107,42 +96,42 @@ class Upload:
 
     def _look_at_batch(self) -> None:
         """Find out what is in a batch that is not new."""
-        if self._checkpoint and self._checkpoint.has_taken:
-            total = self._read_back.total()
-            if not total and not self._deduplicates:  # what was taken a moment ago may be on its way
-                total = self._read_back.settled_total(0)
+        if self.checkpoint and self.checkpoint.has_taken:
+            total = self.read_back.total()
+            if not total and not self.deduplicates:  # what was taken a moment ago may be on its way
+                total = self.read_back.settled_total(0)
             if not total:
-                gone = self._checkpoint.error(f"the server has nothing of its batch {self._batch_id!r} (deleted?)")
+                gone = self.checkpoint.error(f"the server has nothing of its batch {self.batch_id!r} (deleted?)")
                 raise NotFoundError(gone.message, status_code=404)
-        elif self._repeats and not self._deduplicates and not self._is_own:
-            self._before = self._read_back.total()
+        elif self.repeats and not self.deduplicates and not self.is_own:
+            self._before = self.read_back.total()
 
     def _send(self, index: int, chunk: List[Task], lines: bytes) -> None:
         """Send a chunk until all of it was taken; after a lost answer, only what the batch does not have."""
-        start, repeats = self._uploaded, self._repeats
+        start, repeats = self._uploaded, self.repeats
         self._unsent, self._in_doubt = chunk, False
-        key = f"{self._key}-{index}" if index else self._key
-        known = self._checkpoint.begin(index, chunk, lines, key) if self._checkpoint else Sent(key)
+        key = f"{self._first_key}-{index}" if index else self._first_key
+        known = self.checkpoint.begin(index, chunk, lines, key) if self.checkpoint else Sent(key)
         self._chunk_key = known.key
-        if known.in_doubt and not self._deduplicates:
+        if known.in_doubt and not self.deduplicates:
             self._look_for(chunk, start)
         while self._unsent and not known.was_taken:
-            self._read_back.check_deadline()
+            self.read_back.check_deadline()
             if len(self._unsent) < len(chunk):
                 lines = b"\n".join(task.to_line() for task in self._unsent)
             # Under a key of before, an earlier call may have sent what this one could not.
-            may_be_known = self._chunk_key == known.key and (known.in_doubt or self._is_key_given)
+            may_be_known = self._chunk_key == known.key and (known.in_doubt or self.key is not None)
             self._in_doubt = True
             try:
-                self._post(lines, self._chunk_key)
+                self.post(lines, self._chunk_key)
                 break
             except Exception as exc:
-                self._in_doubt = may_be_known or not self._was_refused(exc)
+                self._in_doubt = may_be_known or not self.was_refused(exc)
                 # A server that deduplicates refuses tasks that were sent with another key of the provider's.
                 is_other_body = may_be_known and isinstance(exc, InvalidRequestError)
-                if not (self._in_doubt and repeats and (is_other_body or not self._deduplicates)):
+                if not (self._in_doubt and repeats and (is_other_body or not self.deduplicates)):
                     raise
-                self._monitor.note(f"looking whether the upload was taken all the same: {exc}")
+                self.monitor.note(f"looking whether the upload was taken all the same: {exc}")
                 repeats -= 1
                 try:
                     self._look_for(chunk, start)
@@ -150,14 +139,14 @@ class Upload:
                     self._why_unknown = f", and looking whether it was taken failed: {failed}"
                     raise exc
         self._uploaded, self._unsent = start + len(chunk), []
-        if self._checkpoint and not known.was_taken:
-            self._checkpoint.take(index)
+        if self.checkpoint and not known.was_taken:
+            self.checkpoint.take(index)
 
     def _look_for(self, chunk: List[Task], start: int) -> None:
         """Read back which tasks of a chunk the batch does not have; its total before the chunk was ``start`` more."""
         self._in_doubt = True
-        sent_before = None if self._again is None else islice(map(as_task, self._again, count()), start)
-        self._unsent = self._read_back.find_missing(chunk, self._before + start, sent_before, self._is_own)
+        sent_before = None if self.again is None else islice(map(as_task, self.again, count()), start)
+        self._unsent = self.read_back.find_missing(chunk, self._before + start, sent_before, self.is_own)
         self._uploaded = start + len(chunk) - len(self._unsent)
         self._in_doubt, self._chunk_key = False, uuid.uuid4().hex
 
@@ -167,13 +156,13 @@ class Upload:
         maybe = f", {len(unconfirmed):,} more may have been" if unconfirmed else ""
         first = "First look whether the batch has those of error.unconfirmed, and send them if it has not. "
         return BatchUploadError(
-            f"batch {self._batch_id!r}: {self._uploaded:,} tasks were uploaded{maybe}, "
+            f"batch {self.batch_id!r}: {self._uploaded:,} tasks were uploaded{maybe}, "
             f"then: {str(exc) or type(exc).__name__}{self._why_unknown}. "
-            + first * bool(maybe and not self._checkpoint)
+            + first * bool(maybe and not self.checkpoint)
             + self._how_to_go_on("error.remaining", "error.batch_id"),
             status_code=exc.status_code if isinstance(exc, APIError) else None,
             response=exc.response if isinstance(exc, APIError) else None,
-            batch_id=self._batch_id,
+            batch_id=self.batch_id,
             uploaded=self._uploaded,
             unconfirmed=unconfirmed,
             remaining=self._chunks.rest_after(([] if unconfirmed else self._unsent) + self._chunks.unsent),
@@ -181,6 +170,6 @@ class Upload:
         )
 
     def _how_to_go_on(self, rest: str, batch_id: str = "") -> str:
-        if self._checkpoint:
+        if self.checkpoint:
             return "The same call again goes on, by its checkpoint"
-        return f"Go on with create_batch({rest}, batch_id={batch_id or repr(self._batch_id)})"
+        return f"Go on with create_batch({rest}, batch_id={batch_id or repr(self.batch_id)})"

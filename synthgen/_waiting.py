@@ -5,6 +5,7 @@ may have nobody to run the rest. The network is reached through the two function
 """
 
 import time
+from dataclasses import dataclass
 from typing import Callable, Optional, Tuple
 
 from ._progress import plural
@@ -46,10 +47,11 @@ _SHORTEST_POLL = 1.0
 AWAY_ERRORS = (ConnectionFailedError, InvalidResponseError, RateLimitError, ServerError)
 
 
+@dataclass
 class BatchWait:
     """Polls one batch. `wait` may be called again when it proved to be early.
 
-    Args:
+    Attributes:
         get_batch: Asks for the batch once, with a read time-out in seconds.
         check_health: Asks for the server's health once.
         sleep: Pauses for so many seconds.
@@ -60,39 +62,25 @@ class BatchWait:
         poll_interval: The longest pause between two polls, in seconds.
         deadline: When to give up, by ``time.monotonic()``; None for never.
         stall_timeout: How long nothing may move before the reason is looked for, in seconds; None for ever.
-
-    Attributes:
         batch: The batch when last seen.
     """
 
-    def __init__(
-        self,
-        get_batch: Callable[[float], Batch],
-        check_health: Callable[[], HealthResponse],
-        sleep: Callable[[float], None],
-        monitor: Monitor,
-        *,
-        batch_id: str,
-        submitted: Optional[int],
-        cost_of: Callable[[Optional[Batch]], BatchCost],
-        poll_interval: float,
-        deadline: Optional[float],
-        stall_timeout: Optional[float],
-    ) -> None:
-        self._get_batch = get_batch
-        self._check_health = check_health
-        self._sleep = sleep
-        self._monitor = monitor
-        self._batch_id = batch_id
-        self._submitted = submitted
-        self._cost_of = cost_of
-        self._poll_interval = poll_interval
-        self._deadline = deadline
-        if stall_timeout is not None and submitted is None:
-            stall_timeout = max(stall_timeout, SETTLED_AFTER)  # until then a batch that is done stands still, too
-        self._stall_timeout = stall_timeout
+    get_batch: Callable[[float], Batch]
+    check_health: Callable[[], HealthResponse]
+    sleep: Callable[[float], None]
+    monitor: Monitor
+    batch_id: str
+    submitted: Optional[int]
+    cost_of: Callable[[Optional[Batch]], BatchCost]
+    poll_interval: float
+    deadline: Optional[float]
+    stall_timeout: Optional[float]
+    batch: Optional[Batch] = None
 
-        self.batch: Optional[Batch] = None
+    def __post_init__(self) -> None:
+        if self.stall_timeout is not None and self.submitted is None:
+            # Until then a batch that is done stands still, too.
+            self.stall_timeout = max(self.stall_timeout, SETTLED_AFTER)
         self._counters: Optional[Tuple[int, ...]] = None
         #: When a counter last changed; where the silence begins that may be a stall; when to look for results again.
         self._moved_at = self._quiet_since = self._not_before = time.monotonic()
@@ -128,7 +116,7 @@ class BatchWait:
             stuck = self._look_for_stall()
             if stuck is not None:
                 return stuck
-            self._pause(max(min(pause, self._poll_interval), self._retry_after))
+            self._pause(max(min(pause, self.poll_interval), self._retry_after))
             pause *= _PAUSE_GROWTH
 
     def came_early(self) -> None:
@@ -144,7 +132,7 @@ class BatchWait:
     def _poll(self) -> None:
         self._retry_after = 0.0
         try:
-            self.batch = self._get_batch(min(LONGEST_POLL, max(self._time_left(), _SHORTEST_POLL)))
+            self.batch = self.get_batch(min(LONGEST_POLL, max(self._time_left(), _SHORTEST_POLL)))
         except NotFoundError:
             if self.batch is not None:  # else: not ingested yet
                 raise
@@ -154,7 +142,7 @@ class BatchWait:
                 return
         now = time.monotonic()
         if self._away_since is not None:
-            self._monitor.note(f"the server is back after {now - self._away_since:.0f} s")
+            self.monitor.note(f"the server is back after {now - self._away_since:.0f} s")
             self._away_since = None
             self._quiet_since = now
         counters = _counters(self.batch)
@@ -162,26 +150,24 @@ class BatchWait:
             self._counters = counters
             self._moved_at = self._quiet_since = self._not_before = now
         total = self.batch.total_tasks if self.batch else 0
-        self._monitor.batch(
-            self.batch, total if self._submitted is None else self._submitted, self._cost_of(self.batch)
-        )
+        self.monitor.batch(self.batch, total if self.submitted is None else self.submitted, self.cost_of(self.batch))
 
     def _went_away(self, exc: APIError) -> None:
         if isinstance(exc, RateLimitError):
             self._retry_after = min(exc.retry_after or 0.0, LONGEST_RETRY_AFTER)
         if self._away_since is None:
             self._away_since = time.monotonic()
-            self._monitor.note(f"server away since {time.strftime('%H:%M:%S')}, still trying: {exc}")
+            self.monitor.note(f"server away since {time.strftime('%H:%M:%S')}, still trying: {exc}")
 
     def _is_done(self) -> bool:
         batch, now = self.batch, time.monotonic()
         if self._away_since is not None:
             return False
-        if self._submitted is not None:
+        if self.submitted is not None:
             return (
                 batch is not None
                 and not batch.pending_tasks + batch.processing_tasks
-                and batch.finished_tasks >= self._submitted
+                and batch.finished_tasks >= self.submitted
                 and now >= self._not_before
             )
         if (batch is not None and not batch.done) or now - max(self._moved_at, self._not_before) < SETTLED_AFTER:
@@ -194,7 +180,7 @@ class BatchWait:
         return True
 
     def _unknown_batch(self) -> NotFoundError:
-        return NotFoundError(f"batch {self._batch_id!r}: no such batch (was it deleted?)", status_code=404)
+        return NotFoundError(f"batch {self.batch_id!r}: no such batch (was it deleted?)", status_code=404)
 
     def _look_for_trouble(self) -> None:
         """Pass on what the server says of itself while nothing moves, such as a provider that is not there."""
@@ -209,36 +195,36 @@ class BatchWait:
         if health.budget is not None and health.budget.waiting and waiting:
             spent, cap = health.budget.spent, health.budget.cap
             raise BudgetExceededError(
-                f"batch {self._batch_id!r}: {spent:.6g} of {cap:.6g} are spent, and {waiting:,} tasks wait that may "
+                f"batch {self.batch_id!r}: {spent:.6g} of {cap:.6g} are spent, and {waiting:,} tasks wait that may "
                 "cost more than is left: start the server on the same database with a higher max_cost to go on",
-                batch_id=self._batch_id,
+                batch_id=self.batch_id,
                 spent=spent,
                 cap=cap,
                 waiting=waiting,
             )
         if health.error and health.error != self._trouble:
             self._trouble = health.error
-            self._monitor.note(health.error)
+            self.monitor.note(health.error)
 
     def _look_for_stall(self) -> Optional[HealthResponse]:
         now = time.monotonic()
-        if self._stall_timeout is None or self._away_since is not None:
+        if self.stall_timeout is None or self._away_since is not None:
             return None
-        if now - self._quiet_since < self._stall_timeout:
+        if now - self._quiet_since < self.stall_timeout:
             return None
         health = self._health()
         waiting = self.waiting
         if health is not None and knows_queues(health):
             if not waiting and not health.services.batch_queue_messages:
-                if self._submitted is None and self.batch is None:
+                if self.submitted is None and self.batch is None:
                     raise self._unknown_batch()
                 return health
             self._raise_if_unserved(health, waiting)
         self._quiet_since = now
         finished = self.batch.finished_tasks if self.batch else 0
-        if health is not None and self._submitted is not None and waiting and finished >= self._submitted:
+        if health is not None and self.submitted is not None and waiting and finished >= self.submitted:
             return health  # what waits may have been ingested twice, and run once: the results tell
-        self._monitor.note(
+        self.monitor.note(
             f"nothing has moved for {now - self._moved_at:.0f} s; {describe_queues(health)}. "
             "A provider may be slow, or waited for between retries"
         )
@@ -251,32 +237,32 @@ class BatchWait:
         )
         if unserved:
             raise BatchStalledError(
-                f"batch {self._batch_id!r} stands still: {waiting:,} tasks wait; {describe_queues(health)}",
-                batch_id=self._batch_id,
+                f"batch {self.batch_id!r} stands still: {waiting:,} tasks wait; {describe_queues(health)}",
+                batch_id=self.batch_id,
                 batch=self.batch,
                 health=health,
             )
 
     def _health(self) -> Optional[HealthResponse]:
         try:
-            return self._check_health()
+            return self.check_health()
         except AWAY_ERRORS:  # the next poll tells whether the server is away
             return None
 
     def _time_left(self) -> float:
-        return float("inf") if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+        return float("inf") if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
 
     def _pause(self, seconds: float) -> None:
         if not self._time_left():
             finished = self.batch.finished_tasks if self.batch else 0
-            of = f" of {self._submitted:,}" if self._submitted is not None else ""
+            of = f" of {self.submitted:,}" if self.submitted is not None else ""
             raise BatchTimeoutError(
-                f"batch {self._batch_id!r}: {finished:,}{of} tasks finished when the time ran out. It goes on: "
-                f"come back with monitor_batch(batch_id={self._batch_id!r}), with tasks= for their order",
-                batch_id=self._batch_id,
+                f"batch {self.batch_id!r}: {finished:,}{of} tasks finished when the time ran out. It goes on: "
+                f"come back with monitor_batch(batch_id={self.batch_id!r}), with tasks= for their order",
+                batch_id=self.batch_id,
                 batch=self.batch,
             )
-        self._sleep(min(seconds, self._time_left()))
+        self.sleep(min(seconds, self._time_left()))
 
 
 def _counters(batch: Optional[Batch]) -> Optional[Tuple[int, ...]]:

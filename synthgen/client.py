@@ -531,7 +531,7 @@ class SynthgenClient:
             chunk_size=chunk_size,
             is_own=is_own,
             again=again,
-            repeats=self._retries,
+            repeats=0 if key else self._retries,  # with a key, the caller looks
             deduplicates=self._idempotent_uploads,
             key=key,
             checkpoint=checkpoint,
