@@ -22,8 +22,6 @@ from .exceptions import (
 )
 from .models import reasons
 
-__all__ = ["WIRE_ERRORS", "asked_pause", "check_status", "no_answer", "parse", "read_json"]
-
 #: All that requests and urllib3 raise for what happens on the wire; requests' own errors are OSErrors too.
 WIRE_ERRORS = (requests.RequestException, HTTPError, OSError)
 

@@ -19,8 +19,6 @@ from ._files import hold
 from .exceptions import CheckpointError
 from .models import Task
 
-__all__ = ["Checkpoint", "Sent"]
-
 _FORMAT = "synthgen checkpoint 1"
 
 

@@ -7,8 +7,6 @@ from typing import Any, Iterable, Iterator, List, Tuple
 
 from .models import Task, TaskResponse
 
-__all__ = ["Chunks", "TaskSource", "as_task"]
-
 _MAX_BYTES = 8 * 1024 * 1024
 
 

@@ -7,8 +7,6 @@ An answer can be any JSON: of one that has another shape nothing is known, which
 import re
 from typing import Any, Dict, Iterator, Optional, Tuple
 
-__all__ = ["at", "finish_reason", "is_cut_off", "is_filtered", "is_usable", "text", "usage"]
-
 _CUT_OFF = re.compile("(?i)length|max_tokens|max_output_tokens|model_length|model_context_window_exceeded")
 _FILTERED = re.compile("(?i)content_filter|refusal|sensitive|blocklist|spii|.*(safety|recitation|prohibited_content)")
 _BESIDE_CONTENT = ("refusal", "tool_calls", "function_call", "audio", "images")

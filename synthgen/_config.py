@@ -9,8 +9,6 @@ from urllib.parse import urlsplit
 from .exceptions import ConfigurationError
 from .models import is_header_value
 
-__all__ = ["Config", "read_config"]
-
 _DEFAULT_BASE_URL = "http://localhost:8002"
 _DEFAULT_TIMEOUT = 3600.0
 _LONGEST_TIMEOUT = 2e6  # 23 days; a socket takes no more milliseconds than fit into 32 bits

@@ -9,8 +9,6 @@ import uuid
 from contextlib import contextmanager, suppress
 from typing import IO, Any, BinaryIO, Iterator, Union
 
-__all__ = ["hold", "replacing"]
-
 
 @contextmanager
 def replacing(path: Union[str, "os.PathLike[str]"]) -> Iterator[BinaryIO]:

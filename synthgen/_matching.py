@@ -13,8 +13,6 @@ from pydantic_core import to_json
 
 from .models import Task, TaskResponse, TaskStatus, as_json
 
-__all__ = ["Name", "ResultList", "match", "result_digest", "result_name", "share_out", "task_digest", "task_name"]
-
 #: custom_id, URL, method.
 Name = Tuple[Optional[str], Optional[str], Optional[str]]
 _T = TypeVar("_T")

@@ -21,8 +21,6 @@ from .exceptions import (
 )
 from .models import Batch, HealthResponse, Task, TaskResponse
 
-__all__ = ["ReadBack"]
-
 #: How long nothing of an upload may be seen, while the server answers, before it was not taken. The framework handles
 #: one in less than a second, and shows it after its index refresh of 5 s; the rest is for a worker that is busy.
 _UNSEEN_AFTER = 30.0

@@ -15,8 +15,6 @@ from ._matching import Name, result_digest, result_name, share_out, task_digest,
 from ._stream import decoded
 from .models import Task, TaskResponse, TaskStatus
 
-__all__ = ["ResultFile", "in_pieces"]
-
 _Item = TypeVar("_Item")
 
 _SETUP = (

@@ -20,18 +20,6 @@ from urllib3.util.retry import Retry
 
 from .exceptions import ConfigurationError
 
-__all__ = [
-    "LONGEST_RETRY_AFTER",
-    "backoff_time",
-    "innermost",
-    "may_have_arrived",
-    "never_sent",
-    "parse_retry_after",
-    "pausing",
-    "retry_policy",
-    "timed_out",
-]
-
 #: What the server may ask us to wait before a repeat, in seconds.
 LONGEST_RETRY_AFTER = 60.0
 _LONGEST_BACKOFF = 120.0

@@ -10,8 +10,6 @@ from typing import Any, Iterable, Iterator, List, Optional, Tuple
 
 import pydantic_core
 
-__all__ = ["decoded", "iter_tasks"]
-
 #: Takes half of the time, and makes a key that comes often once; the oldest pydantic that we take has none.
 _from_json = getattr(pydantic_core, "from_json", json.loads)
 _find_no_gap = re.compile(rb"[^ \t\r\n,]|\Z").search

@@ -13,8 +13,6 @@ from .exceptions import APIError, BatchUploadError, CheckpointError, InvalidRequ
 from .models import Task
 from .monitor import Monitor
 
-__all__ = ["Upload"]
-
 
 @dataclass
 class Upload:

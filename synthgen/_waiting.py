@@ -24,16 +24,6 @@ from .exceptions import (
 from .models import Batch, BatchCost, HealthResponse, HealthStatus
 from .monitor import Monitor
 
-__all__ = [
-    "AWAY_ERRORS",
-    "LONGEST_POLL",
-    "SETTLED_AFTER",
-    "BatchWait",
-    "describe_queues",
-    "has_no_index",
-    "knows_queues",
-]
-
 _FIRST_PAUSE = 0.1
 #: How long nothing may move before the server is asked whether it knows of trouble.
 _ASK_AFTER = 10.0
