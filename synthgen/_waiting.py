@@ -6,6 +6,7 @@ may have nobody to run the rest. The network is reached through the two function
 
 import time
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Callable, Optional, Tuple
 
 from ._progress import plural
@@ -35,6 +36,10 @@ LONGEST_POLL = 30.0
 _SHORTEST_POLL = 1.0
 #: After these the server is away, and may be back at the next poll.
 AWAY_ERRORS = (ConnectionFailedError, InvalidResponseError, RateLimitError, ServerError)
+#: While all of these stay the same, nothing moves.
+_counters = attrgetter(
+    "total_tasks", "pending_tasks", "processing_tasks", "completed_tasks", "cached_tasks", "failed_tasks"
+)
 
 
 @dataclass
@@ -135,7 +140,7 @@ class BatchWait:
             self.monitor.note(f"the server is back after {now - self._away_since:.0f} s")
             self._away_since = None
             self._quiet_since = now
-        counters = _counters(self.batch)
+        counters = _counters(self.batch) if self.batch else None
         if counters != self._counters:
             self._counters = counters
             self._moved_at = self._quiet_since = self._not_before = now
@@ -253,19 +258,6 @@ class BatchWait:
                 batch=self.batch,
             )
         self.sleep(min(seconds, self._time_left()))
-
-
-def _counters(batch: Optional[Batch]) -> Optional[Tuple[int, ...]]:
-    if batch is None:
-        return None
-    return (
-        batch.total_tasks,
-        batch.pending_tasks,
-        batch.processing_tasks,
-        batch.completed_tasks,
-        batch.cached_tasks,
-        batch.failed_tasks,
-    )
 
 
 def has_no_index(error: APIError) -> bool:

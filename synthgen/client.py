@@ -12,7 +12,7 @@ import uuid
 from collections import deque
 from collections.abc import Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from itertools import count
@@ -20,6 +20,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     BinaryIO,
+    ContextManager,
     Dict,
     Generator,
     Iterable,
@@ -486,14 +487,11 @@ class SynthgenClient:
 
     # Uploads.
 
-    @contextmanager
-    def _noting(self, path: Optional[_Path], batch_id: str, chunk_size: int) -> Iterator[Optional[Checkpoint]]:
+    def _noting(self, path: Optional[_Path], batch_id: str, chunk_size: int) -> ContextManager[Optional[Checkpoint]]:
         """The checkpoint, if one is wanted."""
         if path is None:
-            yield None
-            return
-        with closing(Checkpoint(path, self._server_name or self.base_url, batch_id, chunk_size)) as checkpoint:
-            yield checkpoint
+            return nullcontext()
+        return closing(Checkpoint(path, self._server_name or self.base_url, batch_id, chunk_size))
 
     def _submit(
         self,
