@@ -18,6 +18,7 @@ from typing import Any, Dict, Iterator, List
 from typing import Counter as CounterType
 
 TASKS_PER_LINE = 10_000
+_NUMBER = "[number]"
 
 _random = random.Random(1)
 _TEXTS = [" ".join(_random.choices(["alpha", "beta", "gamma", "delta", "omega", "sigma"], k=90)) for _ in range(500)]
@@ -44,14 +45,14 @@ def _message(text: str) -> Dict[str, str]:
     return {"content": text, "role": "assistant"}
 
 
-def _exported(text: str) -> bytes:
-    """A task's JSON, with a %d in its message_id and in its body for the task's number."""
+def _exported(text: str) -> List[bytes]:
+    """A task's JSON, in pieces: between them go the number in its message_id and that in its body."""
     task = {
-        "message_id": "5f3c1c7e-0000-4000-8000-%012d",
+        "message_id": f"5f3c1c7e-0000-4000-8000-{_NUMBER}",
         "batch_id": "b",
         "status": "COMPLETED",
         "cached": False,
-        "body": {"model": "test-model", "messages": [{"role": "user", "content": f"question %d {text}"}]},
+        "body": {"model": "test-model", "messages": [{"role": "user", "content": f"question {_NUMBER} {text}"}]},
         "result": {},
         "created_at": "2026-11-22T11:39:52.517865+00:00",
         "started_at": "2026-11-22T11:39:52.522427992Z",
@@ -61,20 +62,23 @@ def _exported(text: str) -> bytes:
         "dataset": None,
         "source": None,
     }
-    return json.dumps(task).encode("ascii")
+    return json.dumps(task).encode("ascii").split(_NUMBER.encode("ascii"))
 
 
 @lru_cache(maxsize=None)
-def _templates() -> List[bytes]:
+def _templates() -> List[List[bytes]]:
     return [_exported(text) for text in _TEXTS]
 
 
 def _export(total: int) -> Iterator[bytes]:
     templates = _templates()
     for start in range(0, total, TASKS_PER_LINE):
-        numbers = range(start, min(start + TASKS_PER_LINE, total))
-        tasks = [templates[number % len(templates)] % (number, number) for number in numbers]
-        yield b'{"tasks": [%b], "total": %d}\n' % (b", ".join(tasks), TASKS_PER_LINE)
+        pieces = [b'{"tasks": [']
+        for number in range(start, min(start + TASKS_PER_LINE, total)):
+            head, middle, tail = templates[number % len(templates)]
+            pieces += (head, b"%012d" % number, middle, b"%d" % number, tail, b", ")
+        pieces[-1] = b'], "total": %d}\n' % TASKS_PER_LINE
+        yield b"".join(pieces)
 
 
 class _Framework(BaseHTTPRequestHandler):
@@ -114,7 +118,7 @@ class _Framework(BaseHTTPRequestHandler):
     def _stream(self, batch_id: str) -> None:
         if batch_id.startswith("huge-"):
             megabytes = int(batch_id[len("huge-") :])
-            lines = iter([b'{"tasks": [%b], "total": 1}\n' % (_exported("x" * (megabytes << 19)) % (0, 0))])
+            lines = iter([b'{"tasks": [%b], "total": 1}\n' % b"0".join(_exported("x" * (megabytes << 19)))])
         else:
             lines = _export(self.posted[batch_id] or int(batch_id))
         self.send_response(200)
