@@ -75,10 +75,14 @@ def plan(
     rows += [("", f"{group['calls']:,} x {name.strip()}") for name, group in models.items()]
     more = f", and what {unlimited:,} without a limit may answer" if unlimited else ""
     rows.append(("prompts", f"{characters:,} characters, about {prompt:,} tokens"))
-    rows.append(("answers", f"at most {output:,} tokens{more}"))
+    lowest = prompt * input_cost / 1e6
+    answers = f"at most {output:,} tokens{more}"
+    cost = f"from {money(lowest)} to {money(lowest + output * output_cost / 1e6)}{more}"
+    if unlimited == called:
+        answers, cost = f"of any length: none of {called:,} has a limit", f"{money(lowest)} for the prompts{more}"
+    rows.append(("answers", answers))
     if input_cost or output_cost:
-        lowest = prompt * input_cost / 1e6
-        rows.append(("cost", f"from {money(lowest)} to {money(lowest + output * output_cost / 1e6)}{more}"))
+        rows.append(("cost", cost))
     if rpm or tpm:
         minutes = [(group["calls"] - 1) // rpm if rpm else 0 for group in accounts.values()]
         minutes += [(group["prompt"] + group["output"] - 1) // tpm if tpm else 0 for group in accounts.values()]

@@ -880,6 +880,18 @@ def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(provider, capsys):
     assert os.listdir() == ["tasks.jsonl"]
 
 
+def test_a_dry_run_without_any_limit_promises_no_most(provider, capsys):
+    """What the prompts cost is all that is known."""
+    tasks = write_tasks(provider, "abcd" * 10, "x" * 36)
+
+    assert main(["run", tasks, "--dry-run", "--input-cost", "1000", "--output-cost", "1000"]) == 0
+
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "answers   of any length: none of 2 has a limit",
+        "cost      0.0210 for the prompts, and what 2 without a limit may answer",
+    ]
+
+
 def test_a_dry_run_names_a_broken_line(provider, capsys):
     """As the run itself would."""
     Path("tasks.jsonl").write_text(chat_line(provider, "one") + "\nnothing\n", encoding="utf-8")
