@@ -108,8 +108,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigurationError("--db is the database of --local: give both")
     if args.output and os.path.exists(args.output) and args.tasks != "-" and os.path.samefile(args.output, args.tasks):
         raise ConfigurationError(f"{args.output} is the file with the tasks: results need another")
-    if not (args.local or args.dry_run) and (args.rpm or args.tpm or args.max_cost):
-        raise ConfigurationError("--rpm, --tpm and --max-cost are what --local keeps to: give both")
+    if not (args.local or args.dry_run) and (args.workers is not None or args.rpm or args.tpm or args.max_cost):
+        raise ConfigurationError("--workers, --rpm, --tpm and --max-cost are what --local keeps to: give both")
     if args.retry_failed and (args.batch or not args.output):
         raise ConfigurationError("--retry-failed runs what failed in OUT.jsonl: give -o OUT.jsonl, and no --batch")
     with TaskFile(args.tasks, args.provider, _environment_key(args.key_env)) as file:
@@ -182,8 +182,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     key = os.environ.get("SYNTHGEN_API_KEY") or None
     try:
-        limits = {"rpm": args.rpm, "tpm": args.tpm}
-        with LocalServer(args.db or ":memory:", args.host, args.port, key, args.workers, **limits) as server:
+        with LocalServer(args.db or ":memory:", args.host, args.port, key, **_limits(args)) as server:
             _say(f"listening; batches are kept in {args.db or 'memory only: --db FILE keeps them'}. Ctrl-C stops it")
             _say(f"export SYNTHGEN_BASE_URL={shlex.quote(server.url)}")
             _say(f"export SYNTHGEN_API_KEY={shlex.quote(server.api_key)}")
@@ -285,9 +284,14 @@ def _local_client(args: argparse.Namespace) -> Iterator[SynthgenClient]:
     if not (args.batch or args.db or os.path.exists(_checkpoint(args))) and os.path.exists(database):
         _refuse_unfinished(database)
     _say(f"database: {database}" + ("" if args.db else ", removed when all is done"))
-    names = ("workers", "rpm", "tpm", "max_cost", "input_cost", "output_cost")
-    with LocalServer(database, **{name: getattr(args, name) for name in names}) as server, server.client() as client:
+    with LocalServer(database, **_limits(args)) as server, server.client() as client:
         yield client
+
+
+def _limits(args: argparse.Namespace) -> Dict[str, Any]:
+    """What the server is told to keep to; the rest is its own default."""
+    names = ("workers", "rpm", "tpm", "max_cost", "input_cost", "output_cost")
+    return {name: value for name, value in vars(args).items() if name in names and value is not None}
 
 
 def _refuse_unfinished(database: str) -> None:
@@ -530,7 +534,7 @@ def _add_serve_options(serve: argparse.ArgumentParser) -> None:
 
 
 def _add_limits(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workers", default=16, type=int, metavar="N", help="calls at a time (default: %(default)s)")
+    command.add_argument("--workers", type=int, metavar="N", help="calls at a time (default: 16)")
     command.add_argument("--rpm", type=_limit, metavar="N", help="calls a minute that a provider allows for a key")
     command.add_argument("--tpm", type=_limit, metavar="N", help="tokens a minute that it allows")
 

@@ -927,3 +927,20 @@ def test_limits_that_would_not_be_kept_are_refused(options, reason, provider, ca
     """A cap without prices, and limits for a server that is not started here."""
     assert main(["run", write_tasks(provider, "one"), *options]) == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "16"])
+def test_workers_of_a_server_that_is_not_started_here_are_refused(workers, local, provider, capsys):
+    """Whatever their number, that of the default included."""
+    assert main(["run", write_tasks(provider, "one"), "--workers", workers]) == 2
+    assert "--workers, --rpm, --tpm and --max-cost are what --local keeps to" in capsys.readouterr().err
+    assert not provider.requests
+
+
+@pytest.mark.parametrize("argv", [["run", "tasks.jsonl", "--local"], ["serve"]])
+def test_a_number_of_workers_that_cant_be_is_refused(argv, provider, capsys):
+    """It is not taken for one that was left out."""
+    write_tasks(provider, "one")
+
+    assert main([*argv, "--workers", "0"]) == 2
+    assert "workers must be at least 1, not 0" in capsys.readouterr().err
