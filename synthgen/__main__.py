@@ -328,10 +328,12 @@ def _remove_database(path: str) -> None:
 
 @contextmanager
 def _saying_how_to_go_on(args: argparse.Namespace) -> Iterator[None]:
-    """The same words go on, whatever ended them early."""
+    """The same words go on, whatever ended them early; where money did, with a higher cap."""
     try:
         yield
-    except (KeyboardInterrupt, BatchStalledError, BatchTimeoutError, BatchUploadError, BudgetExceededError):
+    except (KeyboardInterrupt, BatchStalledError, BatchTimeoutError, BatchUploadError, BudgetExceededError) as exc:
+        if isinstance(exc, BudgetExceededError) and vars(args).get("max_cost"):  # else it is the cap of a script
+            _say("what --max-cost allows is used up: it has to be higher")
         _say(f"to go on: {' '.join(shlex.quote(word) for word in ('synthgen', *args.argv))}")
         raise
 

@@ -916,6 +916,34 @@ def test_a_run_without_money_says_how_to_go_on_and_a_higher_cap_does(provider, m
     assert len(provider.requests) == 6
 
 
+def test_a_run_without_money_says_which_option_to_change(provider, monkeypatch, capsys):
+    """The command that goes on would end as this one did."""
+    monkeypatch.setattr("synthgen._waiting._ASK_AFTER", 0.05)
+    options = ["--local", "--output-cost", "1000", "--max-cost", "0.5"]
+
+    assert main(["run", write_tasks(provider, "one"), *options]) == 4
+
+    said = capsys.readouterr().err.splitlines()
+    command = said.index(f"to go on: synthgen run tasks.jsonl {' '.join(options)}")
+    assert said[command - 1] == "what --max-cost allows is used up: it has to be higher"
+
+
+def test_a_server_without_money_has_its_cap_from_elsewhere(provider, monkeypatch, capsys):
+    """No option of these commands changes that of a script's server."""
+    monkeypatch.setattr("synthgen._waiting._ASK_AFTER", 0.05)
+    with LocalServer(max_cost=0.5, output_cost=1000) as server:
+        monkeypatch.setenv("SYNTHGEN_BASE_URL", server.url)
+        monkeypatch.setenv("SYNTHGEN_API_KEY", server.api_key)
+        with server.client() as client:
+            batch_id = client.create_batch([Task.model_validate_json(chat_line(provider, "one"))]).batch_id
+
+        assert main(["watch", batch_id]) == main(["run", write_tasks(provider, "one")]) == 4
+
+    said = capsys.readouterr().err
+    assert said.count("to go on: ") == said.count("with a higher max_cost") == 2
+    assert "--max-cost" not in said
+
+
 @pytest.mark.parametrize(
     "options, reason",
     [
