@@ -123,14 +123,13 @@ def _run(args: argparse.Namespace) -> int:
             return _OK
         has_failed = _write_results(args, tasks)
     if not args.batch:
-        with suppress(FileNotFoundError):
-            os.remove(_checkpoint(args))
+        _remove(_checkpoint(args))
     if has_failed:
         how = "--retry-failed (no --force, no --batch)" if args.output else "no --batch: the rest comes from the cache"
         _say(f"to repeat only what failed: the same again, with {how}")
         return _SOME_FAILED
     if args.local and not args.db:
-        _remove_database(_database(args))
+        _remove(*(_database(args) + suffix for suffix in ("", "-wal", "-shm")))
     return _OK
 
 
@@ -284,8 +283,14 @@ def _local_client(args: argparse.Namespace) -> Iterator[SynthgenClient]:
     if not (args.batch or args.db or os.path.exists(_checkpoint(args))) and os.path.exists(database):
         _refuse_unfinished(database)
     _say(f"database: {database}" + ("" if args.db else ", removed when all is done"))
-    with LocalServer(database, **_limits(args)) as server, server.client() as client:
-        yield client
+    made = [path for path in (database, _checkpoint(args)) if path != args.db and not os.path.exists(path)]
+    try:
+        with LocalServer(database, **_limits(args)) as server, server.client() as client:
+            yield client
+    except BatchUploadError as exc:
+        if not (exc.uploaded or exc.unconfirmed):  # there is nothing to go on with, and what is mended begins anew
+            _remove(*made)
+        raise
 
 
 def _limits(args: argparse.Namespace) -> Dict[str, Any]:
@@ -320,10 +325,10 @@ def _database(args: argparse.Namespace) -> str:
     return args.db or _beside_output(args, ".db")
 
 
-def _remove_database(path: str) -> None:
-    for suffix in ("", "-wal", "-shm"):
+def _remove(*paths: str) -> None:
+    for path in paths:
         with suppress(FileNotFoundError):
-            os.remove(path + suffix)
+            os.remove(path)
 
 
 @contextmanager

@@ -414,6 +414,52 @@ def test_what_an_interrupted_local_run_left_is_not_mixed_into_a_new_one(provider
     assert len(provider.requests) == calls
 
 
+def test_a_local_run_that_is_refused_leaves_nothing_behind(provider, capsys):
+    """Nothing of it was taken, so that there is nothing to go on with; mended tasks are run."""
+    argv = ["run", write_tasks(provider, "one", method="GET"), "-o", "out.jsonl", "--local"]
+
+    assert main(argv) == 2
+
+    assert "method" in capsys.readouterr().err
+    assert os.listdir() == ["tasks.jsonl"]
+    write_tasks(provider, "one")
+    assert main(argv) == 0
+
+
+def test_a_local_run_that_is_refused_leaves_what_was_there_before(provider):
+    """The database of an earlier run has answers that were paid for; only the checkpoint is new."""
+    argv = ["run", write_tasks(provider, "one", "fail"), "-o", "out.jsonl", "--local"]
+    assert main(argv) == 1
+
+    write_tasks(provider, "one", method="GET")
+    assert main([*argv, "--force"]) == 2
+
+    assert sorted(os.listdir()) == ["out.jsonl", "out.jsonl.db", "tasks.jsonl"]
+    write_tasks(provider, "one")
+    assert main([*argv, "--force"]) == 0
+    assert len(provider.requests) == 2
+
+
+def test_a_local_run_that_is_refused_leaves_a_database_that_was_named(provider):
+    """It is the user's, though this run has made it."""
+    tasks = write_tasks(provider, "one", method="GET")
+
+    assert main(["run", tasks, "-o", "out.jsonl", "--local", "--db", "mine.db"]) == 2
+
+    assert sorted(os.listdir()) == ["mine.db", "tasks.jsonl"]
+
+
+def test_a_local_run_that_is_refused_in_the_middle_keeps_what_was_taken(provider, stalled, monkeypatch):
+    """The first upload may have been paid for."""
+    monkeypatch.setattr("synthgen.__main__._CHUNK_SIZE", 1)
+    lines = [chat_line(provider, "one"), chat_line(provider, "two", method="GET")]
+    Path("tasks.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+    assert main(["run", "tasks.jsonl", "-o", "out.jsonl", "--local"]) == 2
+
+    assert sorted(os.listdir()) == ["out.jsonl.checkpoint", "out.jsonl.db", "tasks.jsonl"]
+
+
 def test_a_batch_can_only_be_in_a_database_that_is_there(provider, capsys):
     """Coming back with the wrong file is an error that names it, and makes none."""
     assert main(["run", write_tasks(provider, "one"), "--local", "--batch", "b-1"]) == 2
