@@ -121,7 +121,13 @@ def _run(args: argparse.Namespace) -> int:
         if not len(tasks):
             _say(f"{args.output}: nothing in it has failed")
             return _OK
-        has_failed = _write_results(args, tasks)
+        try:
+            has_failed = _write_results(args, tasks)
+        except BatchIncompleteError:  # what was sent and lost, a checkpoint takes for sent
+            without = "--batch" if args.batch else _checkpoint(args)
+            how = f"with --force, without {without}: the rest comes from the cache"
+            _say(f"to run what never arrived: the same again, {how}")
+            raise
     if not args.batch:
         _remove(_checkpoint(args))
     if has_failed:

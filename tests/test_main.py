@@ -230,6 +230,64 @@ def test_what_came_of_an_incomplete_batch_is_written(server, provider, capsys):
     assert "1 of 2 tasks never arrived" in capsys.readouterr().err
 
 
+@pytest.fixture
+def losing(server):
+    """A server that loses all but the first of the tasks that it is sent, until its attribute `loses` is false."""
+
+    def take(request):
+        batch_id = request.query["batch_id"]
+        lines = [json.loads(line) for line in request.body.splitlines() if line.startswith(b"{")]
+        kept = lines[: 1 if server.loses else None]
+        tasks = [
+            {"message_id": f"m{i}", "status": "COMPLETED", "body": line["body"], "completions": {}}
+            for i, line in enumerate(kept)
+        ]
+        batch = {"batch_id": batch_id, "batch_status": "COMPLETED"}
+        batch["total_tasks"] = batch["completed_tasks"] = len(tasks)
+        server.answer("GET", f"/api/v1/batches/{batch_id}", batch)
+        server.answer("GET", f"/api/v1/batches/{batch_id}/tasks/export", {"tasks": tasks, "total": len(tasks)})
+        return {"batch_id": batch_id, "total_tasks": len(lines)}
+
+    services = {"task_queue_consumers": 1, "task_queue_messages": 0, "batch_queue_messages": 0}
+    server.answer("GET", "/health", {"status": "healthy", "services": services})
+    server.answer("POST", "/api/v1/batches", take)
+    server.loses = True
+    return server
+
+
+@pytest.mark.parametrize("options", [[], ["--retry-failed"]])
+def test_a_run_that_lacks_results_says_how_to_get_them(options, losing, provider, capsys):
+    """By its checkpoint the same words would wait for the same batch: that has to go, and then they are sent anew."""
+    argv = ["run", write_tasks(provider, "one", "two"), "-o", "out.jsonl", "--base-url", losing.url]
+    argv += ["--stall-timeout", "0.1", *options]
+    if options:
+        failed = [{**json.loads(chat_line(provider, prompt)), "status": "FAILED"} for prompt in ("one", "two")]
+        Path("out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in failed), encoding="ascii")
+    assert main(argv) == 4
+    hint = "to run what never arrived: the same again, with --force, without out.jsonl.checkpoint: "
+    assert hint + "the rest comes from the cache\n" in capsys.readouterr().err
+
+    losing.loses = False
+    assert main([*argv, "--force"]) == 4
+    os.remove("out.jsonl.checkpoint")
+    assert main([*argv, "--force"]) == 0
+
+    results = read_lines(Path("out.jsonl").read_text(encoding="ascii"))
+    assert [result["custom_id"] for result in results] == ["one", "two"]
+
+
+def test_a_batch_that_lacks_results_is_not_come_back_to_for_them(losing, provider, capsys):
+    """Under no id are they to be had; the same words without it send the tasks."""
+    argv = ["run", write_tasks(provider, "one", "two"), "-o", "out.jsonl", "--base-url", losing.url]
+    argv += ["--stall-timeout", "0.1"]
+    assert main(argv) == 4
+    batch_id = re.search("^batch ([0-9a-f-]{36}):", capsys.readouterr().err, re.MULTILINE)[1]
+
+    assert main([*argv, "--force", "--batch", batch_id]) == 4
+
+    assert "the same again, with --force, without --batch: " in capsys.readouterr().err
+
+
 # run: tasks
 
 
