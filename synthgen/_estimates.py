@@ -9,8 +9,6 @@ from urllib.parse import urlsplit
 from ._progress import duration, money
 from .models import Task
 
-__all__ = ["output_limit", "plan", "prompt_characters", "to_tokens"]
-
 _CHARACTERS_PER_TOKEN = 4
 _PROMPTS = ("messages", "prompt", "input", "contents", "system", "instructions", "systemInstruction", "tools")
 _OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")

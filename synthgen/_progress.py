@@ -6,8 +6,6 @@ from typing import Callable, Deque, Dict, List, Optional, Tuple
 
 from .models import Batch, BatchCost, HealthResponse, TaskResponse
 
-__all__ = ["Progress", "duration", "health_rows", "money", "plural", "printable"]
-
 #: Speed is measured over this many polls: four minutes at the client's usual interval.
 _SAMPLES = 120
 _FAILURES_SHOWN = 3

@@ -31,8 +31,6 @@ except ImportError as exc:
         "drawing needs 'rich': pip install 'synthgen-client[rich]' (PlainMonitor says the same in plain lines)"
     ) from exc
 
-__all__ = ["RichMonitor", "print_stats", "print_table"]
-
 _WIDTH = 100
 _NOTES_SHOWN = 3
 # Colours that can be read on a light and on a dark background.

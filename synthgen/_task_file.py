@@ -14,8 +14,6 @@ from ._chunks import TaskSource
 from .exceptions import ConfigurationError
 from .models import Task, TaskStatus, reasons
 
-__all__ = ["FailedTasks", "TaskFile"]
-
 
 class TaskFile(TaskSource):
     """The tasks of a file, as often as they are asked for; one is in memory at a time.
