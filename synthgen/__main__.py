@@ -102,6 +102,8 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    beside = args.output or ("synthgen-stdin" if args.tasks == "-" else args.tasks)
+    args.checkpoint, args.database = f"{beside}.checkpoint", args.db or f"{beside}.db"
     if args.local and args.base_url:
         raise ConfigurationError("--local starts a server of its own: leave out --base-url")
     if args.db and not args.local:
@@ -124,18 +126,18 @@ def _run(args: argparse.Namespace) -> int:
         try:
             has_failed = _write_results(args, tasks)
         except BatchIncompleteError:  # what was sent and lost, a checkpoint takes for sent
-            without = "--batch" if args.batch else _checkpoint(args)
+            without = "--batch" if args.batch else args.checkpoint
             how = f"with --force, without {without}: the rest comes from the cache"
             _say(f"to run what never arrived: the same again, {how}")
             raise
     if not args.batch:
-        _remove(_checkpoint(args))
+        _remove(args.checkpoint)
     if has_failed:
         how = "--retry-failed (no --force, no --batch)" if args.output else "no --batch: the rest comes from the cache"
         _say(f"to repeat only what failed: the same again, with {how}")
         return _SOME_FAILED
     if args.local and not args.db:
-        _remove(*(_database(args) + suffix for suffix in ("", "-wal", "-shm")))
+        _remove(*(args.database + suffix for suffix in ("", "-wal", "-shm")))
     return _OK
 
 
@@ -159,12 +161,7 @@ def _write_results(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks]
 
 
 def _run_batch(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks], file: BinaryIO) -> bool:
-    if args.local and not args.batch and os.path.exists(_checkpoint(args)):
-        # The server goes on with what it was told before: not if the tasks are others now.
-        server = os.path.realpath(_database(args))
-        with closing(Checkpoint(_checkpoint(args), server, str(uuid.uuid4()), _CHUNK_SIZE)) as checkpoint:
-            checkpoint.check(tasks)
-    with _local_client(args) if args.local else _client(args) as client, _saying_how_to_go_on(args):
+    with _local_client(args, tasks) if args.local else _client(args) as client, _saying_how_to_go_on(args):
         if args.batch:
             client.get_batch(args.batch)  # a name that is wrong is found out now
         batch = client.run_batch(
@@ -177,7 +174,7 @@ def _run_batch(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks], fi
             timeout=args.timeout,
             stall_timeout=args.stall_timeout,
             monitor=choose_monitor(),
-            checkpoint=None if args.batch else _checkpoint(args),
+            checkpoint=None if args.batch else args.checkpoint,
         )
     return batch.failed_tasks > 0
 
@@ -280,16 +277,22 @@ def _client(args: argparse.Namespace, retries: int = 5) -> SynthgenClient:
 
 
 @contextmanager
-def _local_client(args: argparse.Namespace) -> Iterator[SynthgenClient]:
+def _local_client(args: argparse.Namespace, tasks: Iterable[Task]) -> Iterator[SynthgenClient]:
     from .local import LocalServer
 
-    database = _database(args)
-    if args.batch and not os.path.exists(database):
-        raise ConfigurationError(f"{database}: there is no such file, and batch {args.batch!r} would be in it")
-    if not (args.batch or args.db or os.path.exists(_checkpoint(args))) and os.path.exists(database):
+    database, has_database = args.database, os.path.exists(args.database)
+    if args.batch:
+        if not has_database:
+            raise ConfigurationError(f"{database}: there is no such file, and batch {args.batch!r} would be in it")
+    elif os.path.exists(args.checkpoint):
+        # The server goes on with what it was told before: not if the tasks are others now.
+        server = os.path.realpath(database)
+        with closing(Checkpoint(args.checkpoint, server, str(uuid.uuid4()), _CHUNK_SIZE)) as checkpoint:
+            checkpoint.check(tasks)
+    elif has_database and not args.db:
         _refuse_unfinished(database)
     _say(f"database: {database}" + ("" if args.db else ", removed when all is done"))
-    made = [path for path in (database, _checkpoint(args)) if path != args.db and not os.path.exists(path)]
+    made = [path for path in (database, args.checkpoint) if path != args.db and not os.path.exists(path)]
     try:
         with LocalServer(database, **_limits(args)) as server, server.client() as client:
             yield client
@@ -317,18 +320,6 @@ def _refuse_unfinished(database: str) -> None:
                     f"{database} has a batch of an earlier run, with {left:,} tasks to do: "
                     f"--batch {row['batch_id']} goes on with it, or remove the file"
                 )
-
-
-def _beside_output(args: argparse.Namespace, suffix: str) -> str:
-    return (args.output or ("synthgen-stdin" if args.tasks == "-" else args.tasks)) + suffix
-
-
-def _checkpoint(args: argparse.Namespace) -> str:
-    return _beside_output(args, ".checkpoint")
-
-
-def _database(args: argparse.Namespace) -> str:
-    return args.db or _beside_output(args, ".db")
 
 
 def _remove(*paths: str) -> None:
