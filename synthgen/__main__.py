@@ -71,8 +71,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return _OK
     except SynthgenError as exc:
         # What an upload's error says of going on is for scripts.
-        _say(f"error: {exc.__cause__ or exc}" if isinstance(exc, BatchUploadError) else f"error: {exc}")
-        return _exit_code(exc)
+        error = exc.__cause__ or exc if isinstance(exc, BatchUploadError) else exc
+        _say(f"error: {error}")
+        return _exit_code(error)
     except OSError as exc:  # a file, a port
         _give_up_stdout()
         _say(f"error: {exc.filename}: {exc.strerror}" if exc.filename and exc.strerror else f"error: {exc}")
@@ -344,9 +345,7 @@ def _outcome(results: List[TaskResponse]) -> int:
     return _OK if all(result.ok for result in results) else _SOME_FAILED
 
 
-def _exit_code(error: SynthgenError) -> int:
-    if isinstance(error, BatchUploadError) and isinstance(error.__cause__, SynthgenError):
-        return _exit_code(error.__cause__)
+def _exit_code(error: BaseException) -> int:
     if isinstance(error, (BatchIncompleteError, BatchStalledError, BatchTimeoutError, BudgetExceededError)):
         return _UNFINISHED
     if isinstance(error, (AuthenticationError, ConfigurationError, InvalidRequestError, MissingDependencyError)):
