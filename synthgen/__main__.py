@@ -115,7 +115,10 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigurationError("--workers, --rpm, --tpm and --max-cost are what --local keeps to: give both")
     if args.retry_failed and (args.batch or not args.output):
         raise ConfigurationError("--retry-failed runs what failed in OUT.jsonl: give -o OUT.jsonl, and no --batch")
-    with TaskFile(args.tasks, args.provider, _environment_key(args.key_env)) as file:
+    key = None if args.key_env is None else os.environ.get(args.key_env)
+    if args.key_env is not None and not key:
+        raise ConfigurationError(f"--key-env {args.key_env}: there is no such environment variable")
+    with TaskFile(args.tasks, args.provider, key) as file:
         tasks = FailedTasks(file, args.output) if args.retry_failed else file
         if args.dry_run:
             for label, text in plan(tasks, args.input_cost, args.output_cost, args.rpm, args.tpm):
@@ -380,16 +383,7 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------- tasks, results
-
-
-def _environment_key(name: Optional[str]) -> Optional[str]:
-    if name is None:
-        return None
-    key = os.environ.get(name)
-    if not key:
-        raise ConfigurationError(f"--key-env {name}: there is no such environment variable")
-    return key
+# ------------------------------------------------------------------------------------------- results
 
 
 @contextmanager
