@@ -160,7 +160,7 @@ def _write_results(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks]
             if not exc.results:  # leave the file that is there
                 raise
             incomplete = exc
-            _write_lines(file, exc.results)
+            file.writelines(result.to_line() for result in exc.results)
     raise incomplete
 
 
@@ -209,8 +209,11 @@ def _watch(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     with _output(args) as file, _client(args) as client:
-        write = _write_rows if args.format == "csv" else _write_lines
-        write(file, client.iter_batch_tasks(args.batch, args.status))
+        results = client.iter_batch_tasks(args.batch, args.status)
+        if args.format == "csv":
+            _write_rows(file, results)
+        else:
+            file.writelines(result.to_line() for result in results)
     return _OK
 
 
@@ -393,6 +396,7 @@ def _output(args: argparse.Namespace) -> Iterator[BinaryIO]:
         if sys.stdout is None:
             raise ConfigurationError("stdout is closed: -o says where the results go")
         yield sys.stdout.buffer
+        sys.stdout.buffer.flush()  # it may fail, and what could give the results again is removed after this
         return
     is_replaced = (args.force or vars(args).get("retry_failed")) and os.path.isfile(args.output)
     if os.path.exists(args.output) and not is_replaced:
@@ -401,18 +405,11 @@ def _output(args: argparse.Namespace) -> Iterator[BinaryIO]:
         yield file
 
 
-def _write_lines(file: BinaryIO, results: Iterable[TaskResponse]) -> None:
-    for result in results:
-        file.write(result.to_line())
-    file.flush()  # it may fail, and what could give them again is removed after this
-
-
 def _write_rows(file: BinaryIO, results: Iterable[TaskResponse]) -> None:
     columns = list(TaskResponse(message_id="", status="").to_row())
     rows = csv.DictWriter(codecs.getwriter("utf-8")(file, "backslashreplace"), columns, lineterminator="\n")
     rows.writeheader()
     rows.writerows(result.to_row() for result in results)
-    file.flush()
 
 
 def _print_json(model: BaseModel) -> int:
