@@ -455,7 +455,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"synthgen-client {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command = partial(_add_command, commands)
-    server, batch, follow, output, as_json = _shared_options()
+    server, batch, follow, output, limits, as_json = _shared_options()
     demo = command(_demo, "run the whole job on this machine: no server, model or key", "demo 'solve 7x - 3 = 25'")
     demo.add_argument("equations", nargs="*", default=_DEMO, metavar="EQUATION", help="to be solved; by default ten")
     run = command(
@@ -465,12 +465,24 @@ def _parser() -> argparse.ArgumentParser:
         server,
         output,
         follow,
+        limits,
     )
-    _add_run_options(run)
-    serve = command(
-        _serve, "start a server on this machine; its key is SYNTHGEN_API_KEY, or made up", "serve --db batches.db"
+    run.add_argument("tasks", metavar="TASKS.jsonl", help=_TASKS_HELP)
+    run.add_argument(
+        "--local", action="store_true", help="start a server on this machine for this run, with these limits"
     )
-    _add_serve_options(serve)
+    run.add_argument("--db", metavar="FILE", help="its database; by default a file beside OUT, removed after the run")
+    run.add_argument("--batch", metavar="ID", help="send nothing: come back to this batch of the same tasks")
+    run.add_argument("--provider", metavar="URL", type=_url, help="what a relative url is appended to")
+    run.add_argument("--key-env", metavar="NAME", help="environment variable with the key for tasks that have none")
+    run.add_argument("--max-cost", type=_limit, metavar="X", help="with --local: what its database's batches may cost")
+    run.add_argument("--retry-failed", action="store_true", help="run only what is FAILED in OUT.jsonl, in its place")
+    run.add_argument("--dry-run", action="store_true", help="send nothing: say what would be sent")
+    about_serve = "start a server on this machine; its key is SYNTHGEN_API_KEY, or made up"
+    serve = command(_serve, about_serve, "serve --db batches.db", limits)
+    serve.add_argument("--db", metavar="FILE", help="where batches are kept; by default they are gone at the end")
+    serve.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at (default: %(default)s)")
+    serve.add_argument("--port", default=_PORT, type=int, metavar="P", help="0 takes a free one (default: %(default)s)")
     command(_watch, "watch a batch until it ends", "watch BATCH_ID --timeout 3600", server, batch, follow)
     export = command(
         _export, "write the tasks of a batch, with their results", "export BATCH_ID | jq .status", server, batch, output
@@ -505,36 +517,8 @@ def _add_command(
     return command
 
 
-def _add_run_options(run: argparse.ArgumentParser) -> None:
-    run.add_argument("tasks", metavar="TASKS.jsonl", help=_TASKS_HELP)
-    run.add_argument("--local", action="store_true", help="start a server on this machine for this run")
-    run.add_argument("--db", metavar="FILE", help="its database; by default a file beside OUT, removed after the run")
-    run.add_argument("--batch", metavar="ID", help="send nothing: come back to this batch of the same tasks")
-    run.add_argument("--provider", metavar="URL", type=_url, help="what a relative url is appended to")
-    run.add_argument("--key-env", metavar="NAME", help="environment variable with the key for tasks that have none")
-    run.add_argument("--max-cost", type=_limit, metavar="X", help="with --local: what its database's batches may cost")
-    run.add_argument(
-        "--retry-failed", action="store_true", help="run only what is FAILED in OUT.jsonl, and replace that"
-    )
-    run.add_argument("--dry-run", action="store_true", help="send nothing: say what would be sent")
-    _add_limits(run)
-
-
-def _add_serve_options(serve: argparse.ArgumentParser) -> None:
-    serve.add_argument("--db", metavar="FILE", help="where batches are kept; by default they are gone at the end")
-    serve.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at (default: %(default)s)")
-    serve.add_argument("--port", default=_PORT, type=int, metavar="P", help="0 takes a free one (default: %(default)s)")
-    _add_limits(serve)
-
-
-def _add_limits(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workers", type=int, metavar="N", help="calls at a time (default: 16)")
-    command.add_argument("--rpm", type=_limit, metavar="N", help="calls a minute that a provider allows for a key")
-    command.add_argument("--tpm", type=_limit, metavar="N", help="tokens a minute that it allows")
-
-
 def _shared_options() -> List[argparse.ArgumentParser]:
-    server, batch, follow, output, as_json = (argparse.ArgumentParser(add_help=False) for _ in range(5))
+    server, batch, follow, output, limits, as_json = (argparse.ArgumentParser(add_help=False) for _ in range(6))
     server.add_argument("--base-url", metavar="URL", help="the server; before SYNTHGEN_BASE_URL")
     server.add_argument("--config", metavar="FILE", help="JSON file with base_url, api_key, timeout")
     batch.add_argument("batch", metavar="BATCH_ID")
@@ -546,8 +530,11 @@ def _shared_options() -> List[argparse.ArgumentParser]:
     )
     output.add_argument("-o", "--output", metavar="OUT.jsonl", help="file for the results; by default stdout")
     output.add_argument("--force", action="store_true", help="replace that file if it is there")
+    limits.add_argument("--workers", type=int, metavar="N", help="calls at a time (default: 16)")
+    limits.add_argument("--rpm", type=_limit, metavar="N", help="calls a minute that a provider allows for a key")
+    limits.add_argument("--tpm", type=_limit, metavar="N", help="tokens a minute that it allows")
     as_json.add_argument("--json", action="store_true", help="JSON in place of a table")
-    return [server, batch, follow, output, as_json]
+    return [server, batch, follow, output, limits, as_json]
 
 
 def _url(text: str) -> str:
