@@ -116,14 +116,11 @@ class FailedTasks(TaskSource):
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
     """The lines of a file, from its start, whoever else reads it meanwhile."""
-    position = 0
-    while True:
-        file.seek(position)
-        line = file.readline()
-        if not line:
-            return
+    file.seek(0)
+    while line := file.readline():
         position = file.tell()
         yield line
+        file.seek(position)
 
 
 def _join(provider: str, url: str) -> str:
