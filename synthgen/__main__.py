@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace) -> int:
     key = None if args.key_env is None else os.environ.get(args.key_env)
     if args.key_env is not None and not key:
         raise ConfigurationError(f"--key-env {args.key_env}: there is no such environment variable")
-    with TaskFile(args.tasks, args.provider, key) as file:
+    with closing(TaskFile(args.tasks, args.provider, key)) as file:
         tasks = FailedTasks(file, args.output) if args.retry_failed else file
         if args.dry_run:
             for label, text in plan(tasks, args.input_cost, args.output_cost, args.rpm, args.tpm):

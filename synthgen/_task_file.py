@@ -16,7 +16,7 @@ from .models import Task, TaskStatus, reasons
 
 
 class TaskFile(TaskSource):
-    """The tasks of a file, as often as they are asked for; one is in memory at a time.
+    """The tasks of a file, as often as they are asked for, until `close`; one is in memory at a time.
 
     Args:
         path: The file; ``-`` reads stdin, into a temporary file.
@@ -30,15 +30,18 @@ class TaskFile(TaskSource):
     def __init__(self, path: str, provider: Optional[str] = None, api_key: Optional[str] = None) -> None:
         self._name = "stdin" if path == "-" else path
         self._provider, self._api_key = provider, api_key
+        self._file: BinaryIO = tempfile.TemporaryFile() if path == "-" else open(path, "rb")
         with ExitStack() as opened:
-            file: BinaryIO = tempfile.TemporaryFile() if path == "-" else open(path, "rb")
-            self._file = opened.enter_context(file)
+            opened.callback(self.close)
             if path == "-":
-                shutil.copyfileobj(sys.stdin.buffer, file)
+                shutil.copyfileobj(sys.stdin.buffer, self._file)
             self._count = sum(1 for _ in self)
             if not self._count:
                 raise ConfigurationError(f"{self._name}: there are no tasks in it")
-            self._opened = opened.pop_all()
+            opened.pop_all()
+
+    def close(self) -> None:
+        self._file.close()
 
     def __len__(self) -> int:
         return self._count
@@ -51,12 +54,6 @@ class TaskFile(TaskSource):
                     yield self._task(text)
             except (ValueError, RecursionError) as exc:
                 raise ConfigurationError(f"{self._name}, line {number}: {_reason(exc)}") from None
-
-    def __enter__(self) -> "TaskFile":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._opened.close()
 
     def _task(self, text: str) -> Task:
         fields = json.loads(text)
