@@ -129,10 +129,7 @@ class Progress:
         return [(label, text) for there_is, label, text in rows if there_is] + self._failure_rows()
 
     def _failure_rows(self) -> List[Tuple[str, str]]:
-        texts = [
-            f"{count:,} x {_shorten(error, _FAILURE_LENGTH)}"
-            for error, count in self.failures.most_common(_FAILURES_SHOWN)
-        ]
+        texts = [f"{count:,} x {_shorten(error)}" for error, count in self.failures.most_common(_FAILURES_SHOWN)]
         more = len(self.failures) - len(texts)
         if more:
             texts.append(f"and {plural(more, 'other kind')}")
@@ -167,9 +164,9 @@ def printable(text: str, encoding: Optional[str] = None) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _shorten(text: str, length: int) -> str:
+def _shorten(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 3] + "..."
+    return text if len(text) <= _FAILURE_LENGTH else text[: _FAILURE_LENGTH - 3] + "..."
 
 
 def plural(count: int, noun: str) -> str:
@@ -177,14 +174,12 @@ def plural(count: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    minutes, whole = divmod(int(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    if minutes:
+        return f"{minutes} min {whole:02} s"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
 
 
 def money(amount: float) -> str:
