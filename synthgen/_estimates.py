@@ -56,14 +56,14 @@ def plan(
     seen: Set[bytes] = set()
     models: Dict[str, Counter[str]] = defaultdict(Counter)
     accounts: Dict[Tuple[str, Optional[str]], Counter[str]] = defaultdict(Counter)
-    for task in tasks:
-        count += 1
-        digest = blake2b(f"{task.method} {task.url}\n{json.dumps(task.body, sort_keys=True)}".encode(), digest_size=12)
-        if task.use_cache and digest.digest() in seen:
+    for count, task in enumerate(tasks, 1):
+        call = f"{task.method} {task.url}\n{json.dumps(task.body, sort_keys=True)}"
+        digest = blake2b(call.encode(), digest_size=12).digest()
+        if task.use_cache and digest in seen:
             continue
-        seen.add(digest.digest())
-        length, limit, host = prompt_characters(task.body), output_limit(task.body), urlsplit(task.url).netloc
-        host = host.rpartition("@")[2]
+        seen.add(digest)
+        length, limit = prompt_characters(task.body), output_limit(task.body)
+        host = urlsplit(task.url).netloc.rpartition("@")[2]
         characters += length
         unlimited += limit is None
         for group in (models[f"{host} {task.body.get('model', '')}"], accounts[host, task.api_key]):
