@@ -120,12 +120,12 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigurationError(f"--key-env {args.key_env}: there is no such environment variable")
     with closing(TaskFile(args.tasks, args.provider, key)) as file:
         tasks = FailedTasks(file, args.output) if args.retry_failed else file
+        if not len(tasks):
+            _say(f"{args.output}: nothing in it has failed")
+            return _OK
         if args.dry_run:
             for label, text in plan(tasks, args.input_cost, args.output_cost, args.rpm, args.tpm):
                 print(printable(f"{label:<10}{text}", sys.stdout.encoding))
-            return _OK
-        if not len(tasks):
-            _say(f"{args.output}: nothing in it has failed")
             return _OK
         try:
             has_failed = _write_results(args, tasks)

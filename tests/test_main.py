@@ -996,6 +996,17 @@ def test_a_dry_run_without_any_limit_promises_no_most(provider, capsys):
     ]
 
 
+def test_a_dry_run_of_what_failed_says_that_nothing_has(local, provider, capsys):
+    """There is no call to tell of, and no time that it takes."""
+    argv = ["run", write_tasks(provider, "one"), "-o", "out.jsonl"]
+    assert main(argv) == 0
+
+    assert main([*argv, "--retry-failed", "--dry-run", "--rpm", "1"]) == 0
+
+    out, err = capsys.readouterr()
+    assert out == "" and "nothing in it has failed" in err
+
+
 def test_a_dry_run_names_a_broken_line(provider, capsys):
     """As the run itself would."""
     Path("tasks.jsonl").write_text(chat_line(provider, "one") + "\nnothing\n", encoding="utf-8")
