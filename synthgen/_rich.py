@@ -11,7 +11,7 @@ from typing import Callable, Iterable, List, Optional, Sequence, TextIO
 
 from ._progress import health_rows, printable
 from .exceptions import MissingDependencyError
-from .models import Batch, BatchCost, HealthResponse, TimeSeriesDataPoint
+from .models import HealthResponse, TimeSeriesDataPoint
 from .plain import PlainMonitor
 
 try:
@@ -77,12 +77,6 @@ class RichMonitor(PlainMonitor):
         else:
             super().note(text)
 
-    def finish(self, batch: Batch, cost: BatchCost) -> None:
-        if not self._start():
-            return super().finish(batch, cost)
-        self.progress.poll(batch, self.progress.submitted, cost)
-        self._phase = "finish"
-
     def close(self) -> None:
         if self._live:
             self._live.refresh()  # in Jupyter, stopping alone leaves the frame before the last
@@ -94,11 +88,11 @@ class RichMonitor(PlainMonitor):
         super()._restart()
         self._in_lines = False
 
-    def _say(self, phase: str, news: str, detail: str = "") -> None:
+    def _say(self, phase: str, news: str, *more: str, detail: str = "") -> None:
         if self._start():
             self._phase = phase  # the display draws itself four times a second
         else:
-            super()._say(phase, news, detail)
+            super()._say(phase, news, *more, detail=detail)
 
     def _can_draw(self) -> bool:
         console = self._console

@@ -6,7 +6,7 @@
 
 import sys
 import time
-from typing import Callable, List, Optional, TextIO
+from typing import Callable, List, Optional, Sequence, TextIO
 
 from ._progress import Progress, health_rows, printable
 from .models import Batch, BatchCost, HealthResponse, TaskResponse
@@ -89,40 +89,41 @@ class PlainMonitor(Monitor):
             self.progress.result(result)
 
     def finish(self, batch: Batch, cost: BatchCost) -> None:
-        self._flush()
         self.progress.poll(batch, self.progress.submitted, cost)
-        self._write("finished", *(f"  {label:<10}{text}" for label, text in self.progress.summary()))
+        self._say("finish", "finished", *(f"  {label:<10}{text}" for label, text in self.progress.summary()))
 
     def close(self) -> None:
         self._flush()
 
     def _restart(self) -> None:
         self.progress: Progress = Progress(self._clock)
-        self._phase = self._news = self._held = ""
+        self._phase = self._news = ""
+        self._held: Sequence[str] = ()
         self._due = 0.0
 
-    def _say(self, phase: str, news: str, detail: str = "") -> None:
+    def _say(self, phase: str, news: str, *more: str, detail: str = "") -> None:
         """Write a line, if it is news: at once where a phase begins, else when the next line is due.
 
         What comes too early is held, and written when the phase ends if nothing newer was: the last state always is.
 
         Args:
-            phase: What is going on: ``upload``, ``batch`` or ``download``.
+            phase: What is going on: ``upload``, ``batch``, ``download`` or ``finish``.
             news: The line.
+            more: Lines that follow it.
             detail: The end of the line; no reason to write one when it alone has changed.
         """
         if phase != self._phase:
             self._flush()
             self._phase, self._due = phase, self._clock()
         if news != self._news:
-            self._news, self._held = news, f"{news}; {detail}" if detail else news
+            self._news, self._held = news, (f"{news}; {detail}" if detail else news, *more)
         if self._clock() >= self._due:
             self._flush()
 
     def _flush(self) -> None:
         if self._held:
-            self._write(self._held)
-            self._held, self._due = "", self._clock() + _LINE_INTERVAL
+            self._write(*self._held)
+            self._held, self._due = (), self._clock() + _LINE_INTERVAL
 
     def _write(self, line: str, *more: str) -> None:
         """Write lines in one go, the first with the batch that they are about: others may be watched beside it."""
