@@ -16,6 +16,7 @@ from .models import Task, TaskResponse, TaskStatus, as_json
 #: custom_id, URL, method.
 Name = Tuple[Optional[str], Optional[str], Optional[str]]
 _T = TypeVar("_T")
+UNFINISHED = (TaskStatus.PENDING, TaskStatus.PROCESSING)
 
 
 class ResultList:
@@ -40,22 +41,19 @@ class ResultList:
         return tasks
 
     def match(
-        self,
-        results: Iterable[TaskResponse],
-        look_up: Callable[[List[str]], Iterable[Optional[TaskResponse]]],
+        self, results: Iterable[TaskResponse], look_up: Callable[[List[str]], Iterable[Optional[TaskResponse]]]
     ) -> Tuple[int, int]:
         """Sort results to the tasks, in place of those of an earlier call; see `ResultFile.match`."""
-
-        def name(unnamed: List[TaskResponse]) -> List[TaskResponse]:
-            found = look_up([result.message_id for result in unnamed])
-            return [named or result for named, result in zip(found, unnamed)]
-
-        surplus = 0
         if self._tasks is None:
             self._results = list(results)
-        else:
-            self._results, surplus = match(self._tasks, results, name)
-        return sum(result is not None for result in self._results), surplus
+            return len(self._results), 0
+        found = [result for result in results if result.status not in UNFINISHED]
+        self._results = _match_one_to_one(self._tasks, found) or _match_any(self._tasks, found, look_up)
+        for task, result in zip(self._tasks, self._results):
+            if result is not None:
+                result.custom_id = task.custom_id
+        matched = sum(result is not None for result in self._results)
+        return matched, len(found) - matched
 
     def __iter__(self) -> Iterator[TaskResponse]:
         """Each result, in the order of the tasks, with its task's custom_id."""
@@ -66,65 +64,34 @@ class ResultList:
         return (position for position, result in enumerate(self._results) if result is None)
 
 
-_UNFINISHED = (TaskStatus.PENDING, TaskStatus.PROCESSING)
-
-
-def match(
-    tasks: Sequence[Task],
-    results: Iterable[TaskResponse],
-    look_up: Callable[[List[TaskResponse]], Iterable[TaskResponse]],
-) -> Tuple[List[Optional[TaskResponse]], int]:
-    """Give each task its own result, with the task's custom_id in it.
-
-    Args:
-        tasks: What was submitted.
-        results: What came back, in any order; unfinished tasks among them are passed over.
-        look_up: Asks the server for results with their custom_id, and gives back the same one where it
-            has none; called once at most, with those whose tasks are alike.
-
-    Returns:
-        For each task its result or None, and how many results belong to no task.
-    """
-    results = [result for result in results if result.status not in _UNFINISHED]
-    matched = _match_one_to_one(tasks, results) or _match_any(tasks, results, look_up)
-    surplus = len(results)
-    for task, found in zip(tasks, matched):
-        if found is not None:
-            found.custom_id = task.custom_id
-            surplus -= 1
-    return matched, surplus
-
-
 def _match_any(
     tasks: Sequence[Task],
     results: Sequence[TaskResponse],
-    look_up: Callable[[List[TaskResponse]], Iterable[TaskResponse]],
+    look_up: Callable[[List[str]], Iterable[Optional[TaskResponse]]],
 ) -> List[Optional[TaskResponse]]:
     """The result of each task, whichever tasks are alike and in whatever order keys come back."""
-    alike: Dict[bytes, List[int]] = {}
+    alike: Dict[bytes, List[int]] = defaultdict(list)
     for index, task in enumerate(tasks):
-        alike.setdefault(task_digest(task), []).append(index)
-    candidates: Dict[bytes, List[TaskResponse]] = {}
+        alike[task_digest(task)].append(index)
+    candidates: Dict[bytes, List[TaskResponse]] = defaultdict(list)
     for result in results:
-        digest = result_digest(result)
-        if digest in alike:
-            candidates.setdefault(digest, []).append(result)
+        candidates[result_digest(result)].append(result)
 
     names = list(map(task_name, tasks))
     unnamed = [
-        result
-        for digest, found in candidates.items()
-        if len({names[index] for index in alike[digest]}) > 1
-        for result in found
+        result.message_id
+        for digest, indexes in alike.items()
+        if len({names[index] for index in indexes}) > 1
+        for result in candidates[digest]
         if result_name(result) is None
     ]
-    looked_up = {result.message_id: result for result in look_up(unnamed)} if unnamed else {}
+    looked_up = {result.message_id: result for result in (look_up(unnamed) if unnamed else ()) if result}
 
     matched: List[Optional[TaskResponse]] = [None] * len(tasks)
-    for digest, found in candidates.items():
-        found = [looked_up.get(result.message_id, result) for result in found]
+    for digest, indexes in alike.items():
+        found = (looked_up.get(result.message_id, result) for result in candidates[digest])
         named = ((result_name(result), result.ok, result) for result in found)
-        for index, one in zip(alike[digest], share_out([names[index] for index in alike[digest]], named)):
+        for index, one in zip(indexes, share_out([names[index] for index in indexes], named)):
             matched[index] = one
     return matched
 

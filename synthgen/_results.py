@@ -11,9 +11,9 @@ from itertools import count, groupby, islice
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, List, Optional, Tuple, TypeVar
 
 from ._chunks import as_task
-from ._matching import Name, result_digest, result_name, share_out, task_digest, task_name
+from ._matching import UNFINISHED, Name, result_digest, result_name, share_out, task_digest, task_name
 from ._stream import decoded
-from .models import Task, TaskResponse, TaskStatus
+from .models import Task, TaskResponse
 
 _Item = TypeVar("_Item")
 
@@ -111,7 +111,7 @@ class ResultFile:
         self._write("DELETE FROM matched")
         received = matched = 0
         for result, source in results:
-            if result.status not in (TaskStatus.PENDING, TaskStatus.PROCESSING):
+            if result.status not in UNFINISHED:
                 row = (result_digest(result), result.message_id, result.ok, _json_or_none(result_name(result)), source)
                 self._write("INSERT INTO results VALUES (NULL, ?, ?, ?, ?, ?)", row)
                 received += 1

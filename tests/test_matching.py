@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from servers import DEADLINE, Answer
 
 from synthgen import Monitor, SynthgenClient, Task, TaskResponse
-from synthgen._matching import match, result_digest, task_digest
+from synthgen._matching import ResultList, result_digest, task_digest
 
 OTHER_URL = "http://other.test/v1/chat/completions"
 
@@ -23,7 +23,10 @@ def no_look_up(result):
 def matched(tasks, exported, look_up=no_look_up):
     """The message id of each task's result, and the number of surplus results."""
     responses = [TaskResponse(**one) for one in exported]
-    results, surplus = match(tasks, responses, lambda unnamed: map(look_up, unnamed))
+    by_id = {one.message_id: one for one in responses}
+    found = ResultList(tasks)
+    _, surplus = found.match(responses, lambda ids: [look_up(by_id[i]) for i in ids])
+    results = found._results
     for one, result in zip(tasks, results):
         assert result is None or result.custom_id == one.custom_id
     return [result and result.message_id for result in results], surplus
@@ -125,7 +128,7 @@ def test_a_result_that_no_task_could_have_is_surplus(value):
     """A server may send what no task may hold."""
     stranger = TaskResponse(**{**framework_task(1), "source": {"value": value}})
 
-    assert match([task()], [stranger, TaskResponse(**framework_task(0))], no_look_up)[1] == 1
+    assert ResultList([task()]).match([stranger, TaskResponse(**framework_task(0))], no_look_up)[1] == 1
 
 
 def test_tasks_alike_in_all_share_the_results_out():
