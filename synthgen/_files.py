@@ -18,7 +18,8 @@ def replacing(path: Union[str, "os.PathLike[str]"]) -> Iterator[BinaryIO]:
         raise OSError(errno.ENOENT, "no such folder", os.path.dirname(target))
     if os.path.exists(target) and not os.path.isfile(target):
         raise OSError(errno.EINVAL, "there is something else than a file", target)
-    for left in glob.glob(f"{glob.escape(target)}.*.part"):  # by a process that was killed, if nobody holds it
+    ours = glob.escape(target) + "." + "[0-9a-f]" * 8 + ".part"
+    for left in glob.glob(ours):  # by a process that was killed, if nobody holds it
         with suppress(OSError), open(left, "ab") as file:
             hold(file)
             os.unlink(left)

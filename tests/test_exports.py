@@ -458,12 +458,14 @@ def test_what_a_killed_process_left_is_removed_and_what_another_one_writes_is_no
     """Beside the file there is no part of it for longer than its writer lives."""
     path = tmp_path / "out.jsonl"
     (tmp_path / "out.jsonl.0a1b2c3d.part").write_bytes(b"half a line")
+    others = tmp_path / "out.jsonl.backup.part"
+    others.write_bytes(b"of somebody else")
     with replacing(path) as other:
         with replacing(path) as file:
             file.write(b"second\n")
         other.write(b"first\n")
 
-    assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
+    assert set(tmp_path.iterdir()) == {path, others}
     assert path.read_bytes() == b"first\n"
 
 
