@@ -28,8 +28,9 @@ WIRE_ERRORS = (requests.RequestException, HTTPError, OSError)
 #: What a status stands for; all others, their hundreds tell.
 _KINDS: Dict[int, Type[APIError]] = {401: AuthenticationError, 403: AuthenticationError, 404: NotFoundError}
 _MAX_ERROR_TEXT = 64 * 1024
-#: A task's ``"api_key": "..."``, as it stands or quoted once more, in JSON or in HTML.
-_PROVIDER_KEY = re.compile(r'(api_key(?:\\*"|&quot;): *(?:\\*"|&quot;))[^"\\&]+')
+#: A task's ``"api_key": "..."``, as it stands or quoted once more, in JSON, in HTML, or as Python shows it.
+_QUOTE = r"(?:\\*[\"']|\\+u0022|&(?:quot|#34|#39|#x27);)"
+_PROVIDER_KEY = re.compile(rf"(api_key{_QUOTE}: *{_QUOTE})[^\"'\\&]+")
 
 _Model = TypeVar("_Model", bound=BaseModel)
 

@@ -1,5 +1,7 @@
 """Keys stay where they belong: ours in the header to our server, a provider's in the upload, and neither elsewhere."""
 
+import html
+import json
 import logging
 import pickle
 import traceback
@@ -135,6 +137,30 @@ def test_no_error_and_no_log_shows_a_key(server, client, caplog, answer, call):
     assert "DEBUG" in caplog.text
     assert_unseen(caplog.text)
     assert SENTINEL in telling_all(server.requests[-1])
+
+
+@pytest.mark.parametrize(
+    "quoted",
+    [
+        json.dumps,
+        repr,
+        lambda value: json.dumps(json.dumps(value)),
+        lambda value: json.dumps(value).replace('"', "\\u0022"),
+        lambda value: html.escape(json.dumps(value)),
+        lambda value: html.escape(repr(value)),
+        lambda value: json.dumps(value).replace('"', "&#34;"),
+    ],
+    ids=["JSON", "Python", "JSON in JSON", "escaped", "HTML", "Python in HTML", "markupsafe"],
+)
+def test_an_error_that_repeats_a_task_shows_no_key_however_it_is_quoted(server, client, quoted):
+    """Only its provider's key tells where that is: the client does not know which of many it may be."""
+    server.answer("GET", "/api/v1/batches", Answer("<html>" + quoted({"url": "u", "api_key": PROVIDERS}), 400))
+
+    with pytest.raises(APIError) as caught:
+        client.get_batches()
+
+    assert_unseen(*all_that_is_shown(caught.value))
+    assert "[API key]" in caught.value.response.text
 
 
 @pytest.mark.parametrize(
