@@ -103,7 +103,7 @@ _Item = TypeVar("_Item")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Options:
     """How to run a batch; checked when they are made. ``call`` is how that was asked for, up to the ``batch_id``."""
 
@@ -120,8 +120,13 @@ class _Options:
         _check_chunk_size(self.chunk_size)
         for name in ("poll_interval", "timeout", "stall_timeout"):
             seconds = getattr(self, name)
-            if seconds is not None and not seconds >= 0:
+            is_for_ever = seconds is None and name != "poll_interval"
+            if not is_for_ever and not (isinstance(seconds, (int, float)) and seconds >= 0):
                 raise ValueError(f"{name} must be a number of seconds from 0 on, not {seconds!r}")
+        try:
+            self.prices = float(self.prices[0]), float(self.prices[1])
+        except (TypeError, ValueError):
+            raise ValueError(f"prices must be numbers, not {self.prices!r}") from None
         _check_checkpoint(self.checkpoint, self.batch_id)
 
 
@@ -313,7 +318,7 @@ class SynthgenClient:
             batch = self._run(options, todo, results, told)
             found = list(results)
             told.results(found)
-            told.finish(batch, batch.cost(*prices))
+            told.finish(batch, batch.cost(*options.prices))
         return found
 
     def run_batch(
@@ -366,11 +371,12 @@ class SynthgenClient:
             file = opened.enter_context(replacing(path)) if isinstance(path, (str, os.PathLike)) else path
             results = opened.enter_context(closing(ResultFile(beside=file)))
             batch = self._run(options, tasks, results, told)
-            for some in in_pieces(results):
-                file.writelines(result.to_line() for result in some)
-                told.results(some)
-            file.flush()
-            told.finish(batch, batch.cost(*prices))
+            with _naming_batch(batch.batch_id, options):
+                for some in in_pieces(results):
+                    file.writelines(result.to_line() for result in some)
+                    told.results(some)
+                file.flush()
+            told.finish(batch, batch.cost(*options.prices))
         return batch
 
     def get_batches(self) -> BatchList:

@@ -5,6 +5,7 @@ Time is the test's: sleeping takes none, and what a test planned happens on the 
 
 import json
 import threading
+from decimal import Decimal
 
 import pytest
 import requests
@@ -721,7 +722,9 @@ def test_neither_tasks_nor_a_batch_is_refused(client):
         client.monitor_batch()
 
 
-@pytest.mark.parametrize("setting", [{"poll_interval": -1}, {"stall_timeout": float("nan")}])
+@pytest.mark.parametrize(
+    "setting", [{"poll_interval": -1}, {"stall_timeout": float("nan")}, {"poll_interval": None}, {"timeout": "60"}]
+)
 def test_a_time_that_makes_no_sense_is_refused_before_anything_is_sent(server, client, setting):
     """Found out later, it would leave a batch behind that is paid for."""
     with pytest.raises(ValueError, match=next(iter(setting))):
@@ -731,6 +734,20 @@ def test_a_time_that_makes_no_sense_is_refused_before_anything_is_sent(server, c
 
 
 # Coming back.
+@pytest.mark.parametrize("price", [None, "a dollar"])
+def test_a_price_that_is_no_number_is_refused_before_anything_is_sent(server, client, price):
+    """As for times."""
+    with pytest.raises(ValueError, match="prices must be numbers"):
+        client.monitor_batch(make_tasks(1), None, price, show_progress=False)
+
+    assert not server.requests
+
+
+def test_a_price_may_be_exact(clock, server, client, seen):
+    """As money often is."""
+    client.monitor_batch(make_tasks(1), None, Decimal("0.15"), monitor=seen)
+
+
 
 
 def test_coming_back_with_the_tasks_sends_nothing(clock, server, client):
