@@ -361,8 +361,12 @@ class SynthgenClient:
         call = "run_batch(tasks, path, "
         options = _Options(call, batch_id, prices, chunk_size, poll_interval, timeout, stall_timeout, checkpoint)
         tasks = _checked_tasks(tasks)
-        if not isinstance(path, (str, os.PathLike)) and not hasattr(path, "write"):
-            raise TypeError(f"path must be that of a file, or a binary file that is open, not {path!r}")
+        if not isinstance(path, (str, os.PathLike)):
+            try:
+                path.write(b"")
+            except (AttributeError, TypeError, ValueError) as exc:
+                what = "that of a file, or a binary file that is open for writing"
+                raise TypeError(f"path must be {what}, not {path!r} ({exc})") from None
         if checkpoint is not None and isinstance(path, (str, os.PathLike)):
             if os.path.realpath(path) == os.path.realpath(checkpoint):
                 raise ValueError(f"{os.fspath(path)} can't be the output and the checkpoint, too")
@@ -620,8 +624,8 @@ class SynthgenClient:
                 deadline=deadline,
                 stall_timeout=options.stall_timeout,
             )
-            try:
-                if not submits:
+            with _naming_batch(batch_id, options):
+                if to_submit is None:
                     self._show_health(monitor, required=False)
                 return self._collect(wait, batch_id, again, results, monitor)
             except KeyboardInterrupt:
@@ -870,6 +874,16 @@ class SynthgenClient:
         response.raw.enforce_content_length = True  # urllib3 1.26 would end a short body without an error
         logger.debug("%s %s -> %d in %.3f s", method, path, response.status_code, time.monotonic() - started)
         return response
+
+
+@contextmanager
+def _naming_batch(batch_id: str, options: _Options) -> Iterator[None]:
+    """Ctrl-C says which batch it leaves, and how to come back to that."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        how = f"{options.call}batch_id={batch_id!r})"
+        raise KeyboardInterrupt(f"batch {batch_id!r} goes on; come back to it with {how}") from None
 
 
 @contextmanager

@@ -357,8 +357,15 @@ class TaskResponse(_Received):
         raise ContentError(f"task {self.custom_id or self.message_id!r}: {wrong}")
 
     def to_line(self) -> bytes:
-        """The result as a line of JSON in ASCII, with the line break."""
-        return json.dumps(self.model_dump(mode="json")).encode("ascii") + b"\n"
+        """The result as a line of JSON in ASCII, with the line break; NaN, which JSON can't say, as null."""
+        # Not by pydantic: its limit of nesting is lower than that of what can be received.
+        given = {name: getattr(self, name) for name in ("body", "completions", "source")}
+        fields = {**self.model_dump(mode="json", exclude=set(given)), **given}
+        try:
+            text = json.dumps(fields, allow_nan=False)
+        except ValueError:
+            text = json.dumps(json.loads(json.dumps(fields), parse_constant=lambda name: None))
+        return text.encode("ascii") + b"\n"
 
     def to_row(self) -> Dict[str, Any]:
         """The result as a row of a table: texts, numbers, booleans and None; the ``source`` as a JSON text."""

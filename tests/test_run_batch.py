@@ -100,6 +100,30 @@ def test_text_that_is_no_utf8_and_numbers_of_any_size_come_through(server, clien
     assert read(path)[0]["completions"] == completions
 
 
+def test_results_are_written_however_deeply_they_are_nested(server, client, path):
+    """As deep as they can be received."""
+    deep = []
+    for _ in range(500):
+        deep = [deep]
+    server.provider = lambda task: dict(echo(task), more=deep)
+
+    client.run_batch([task(body=dict(task().body, deep=deep))], path, show_progress=False)
+
+    (result,) = read(path)
+    assert result["completions"]["more"] == deep and result["body"]["deep"] == deep
+
+
+def test_ctrl_c_while_results_are_written_says_how_to_come_back(client):
+    """They are all in the batch."""
+
+    class Interrupted(io.BytesIO):
+        def writelines(self, lines):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=r"goes on; come back to it with run_batch\(.*batch_id='"):
+        client.run_batch(tasks(2), Interrupted(), show_progress=False)
+
+
 def test_an_open_file_is_written_to(client):
     """Such as stdout."""
     file = io.BytesIO()
@@ -263,6 +287,19 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(server, client, path,
 
     with pytest.raises(OSError):
         client.run_batch(tasks(3), path, show_progress=False)
+@pytest.mark.parametrize("mode", ["w", "rb", "closed"])
+def test_a_file_that_takes_no_bytes_is_refused(server, client, path, mode):
+    """Before anything is sent: after it, the results would be paid for."""
+    path.touch()
+    with open(path, "wb" if mode == "closed" else mode) as output:
+        if mode == "closed":
+            output.close()
+        with pytest.raises(TypeError, match="open for writing"):
+            client.run_batch(tasks(1), output, show_progress=False)
+
+    assert server.requests == []
+
+
 
     assert os.listdir(path.parent) == [] and uploads(server) == []
 
