@@ -128,7 +128,10 @@ class BatchWait:
         self._retry_after = 0.0
         try:
             self.batch = self.get_batch(min(LONGEST_POLL, max(self._time_left(), _SHORTEST_POLL)))
-        except NotFoundError:
+        except NotFoundError as exc:
+            if exc.response is not None:  # a proxy's, say: the server's own word for it is null
+                self._went_away(exc)
+                return
             if self.batch is not None:  # else: not ingested yet
                 raise
         except AWAY_ERRORS as exc:

@@ -557,11 +557,12 @@ def test_a_poll_waits_no_longer_than_the_client(server, seen):
         Answer({"detail": "starting"}, 503, {"Retry-After": "1"}),
         Answer({"detail": "slow down"}, 429, {"Retry-After": "5"}),
         Answer({"detail": "no such index"}, 500),
+        Answer("<html>default backend - 404", 404),
         Answer("<html>maintenance</html>"),
         Answer(b'{"batch_id": "b", "batch_sta'),
         Answer({"unexpected": True}),
     ],
-    ids=["dropped", "502 page", "503", "429", "500", "page with 200", "half JSON", "another shape"],
+    ids=["dropped", "502 page", "503", "429", "500", "404 page", "page with 200", "half JSON", "another shape"],
 )
 def test_a_server_that_is_away_for_a_minute_is_a_note(clock, server, client, seen, away):
     """Whatever a proxy says meanwhile, the wait goes on, and ends when the server is back."""
@@ -733,7 +734,6 @@ def test_a_time_that_makes_no_sense_is_refused_before_anything_is_sent(server, c
     assert not server.requests
 
 
-# Coming back.
 @pytest.mark.parametrize("price", [None, "a dollar"])
 def test_a_price_that_is_no_number_is_refused_before_anything_is_sent(server, client, price):
     """As for times."""
@@ -748,6 +748,7 @@ def test_a_price_may_be_exact(clock, server, client, seen):
     client.monitor_batch(make_tasks(1), None, Decimal("0.15"), monitor=seen)
 
 
+# Coming back.
 
 
 def test_coming_back_with_the_tasks_sends_nothing(clock, server, client):
