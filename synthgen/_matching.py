@@ -36,9 +36,8 @@ class ResultList:
         self.tasks = None if tasks is None else len(tasks)
         self._results: Sequence[Optional[TaskResponse]] = [None] * (self.tasks or 0)
 
-    def noting(self, tasks: Iterable[Task]) -> Iterable[Task]:
-        """The same tasks: they are known."""
-        return tasks
+    def note(self, tasks: Iterable[Task]) -> None:
+        """Nothing is to be noted: the tasks are known."""
 
     def match(
         self, results: Iterable[TaskResponse], look_up: Callable[[List[str]], Iterable[Optional[TaskResponse]]]

@@ -7,10 +7,9 @@ import sqlite3
 import sys
 import tempfile
 from contextlib import contextmanager, suppress
-from itertools import count, groupby, islice
+from itertools import groupby, islice
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, List, Optional, Tuple, TypeVar
 
-from ._chunks import as_task
 from ._matching import UNFINISHED, Name, result_digest, result_name, share_out, task_digest, task_name
 from ._stream import decoded
 from .models import Task, TaskResponse
@@ -25,15 +24,18 @@ _SETUP = (
     "CREATE TABLE matched (position INTEGER PRIMARY KEY, result_id INTEGER)",
     "BEGIN",  # and no end: nothing is ever read back from what a process left
 )
-_INDEXES = (
+_DERIVED = (
     "CREATE INDEX IF NOT EXISTS tasks_by_digest ON tasks (digest, position, name)",
     "CREATE INDEX IF NOT EXISTS results_by_digest ON results (digest)",
+    """
+    CREATE TABLE IF NOT EXISTS alike AS
+    SELECT digest FROM tasks GROUP BY digest HAVING COUNT(DISTINCT name) > 1
+    """,
 )
 #: The results that only a custom_id tells from others, and that came without.
 _UNNAMED = """
-    SELECT id, message_id FROM results WHERE id > ? AND name IS NULL AND digest IN (
-        SELECT digest FROM tasks GROUP BY digest HAVING COUNT(DISTINCT name) > 1
-    ) ORDER BY id LIMIT 1000
+    SELECT id, message_id FROM results WHERE id > ? AND name IS NULL AND digest IN (SELECT digest FROM alike)
+    ORDER BY id LIMIT 1000
 """
 
 
@@ -61,7 +63,6 @@ class ResultFile:
 
     def __init__(self, beside: BinaryIO) -> None:
         self.tasks = 0
-        self._is_open = True
         name = getattr(beside, "name", None)
         folder = os.path.dirname(name) if isinstance(name, str) and os.path.isfile(name) else None
         handle, self._path = tempfile.mkstemp(".part", "results.", folder)
@@ -79,19 +80,16 @@ class ResultFile:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._is_open = False
         self._db.close()
         with suppress(FileNotFoundError):
             os.unlink(self._path)
 
-    def noting(self, tasks: Iterable[Task]) -> Iterator[Task]:
-        """The tasks, each noted before it is given; after `close`, when an error may have the rest, only given."""
-        for task in map(as_task, tasks, count()):
-            if self._is_open:
-                row = (self.tasks, task_digest(task), task.custom_id, json.dumps(task_name(task)))
-                self._write("INSERT INTO tasks VALUES (?, ?, ?, ?)", row)
-                self.tasks += 1
-            yield task
+    def note(self, tasks: Iterable[Task]) -> None:
+        """Note the next tasks."""
+        for task in tasks:
+            row = (self.tasks, task_digest(task), task.custom_id, json.dumps(task_name(task)))
+            self._write("INSERT INTO tasks VALUES (?, ?, ?, ?)", row)
+            self.tasks += 1
 
     def match(
         self,
@@ -115,7 +113,7 @@ class ResultFile:
                 row = (result_digest(result), result.message_id, result.ok, _json_or_none(result_name(result)), source)
                 self._write("INSERT INTO results VALUES (NULL, ?, ?, ?, ?, ?)", row)
                 received += 1
-        for statement in _INDEXES:
+        for statement in _DERIVED:
             self._write(statement)
         self._name_results(look_up)
         for position, result_id in self._shared_out():

@@ -1,15 +1,21 @@
 """Uploading: one chunk after the other, and what is known of each task whatever ends it."""
 
 import uuid
-from collections.abc import Sized
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Callable, Iterable, List, Optional
 
 from ._checkpoint import Checkpoint, Sent
-from ._chunks import Chunks, as_task
+from ._chunks import Chunks, TaskSource, as_task
 from ._read_back import ReadBack
-from .exceptions import APIError, BatchUploadError, CheckpointError, InvalidRequestError, NotFoundError
+from .exceptions import (
+    APIError,
+    BatchUploadError,
+    CheckpointError,
+    InvalidRequestError,
+    InvalidResponseError,
+    NotFoundError,
+)
 from .models import Task
 from .monitor import Monitor
 
@@ -19,38 +25,38 @@ class Upload:
     """Sends tasks to a batch. What may have been taken is not sent again before the batch was looked at.
 
     Attributes:
-        tasks: What to send; read once.
-        post: Sends a chunk under a key; the server deduplicates by it if `deduplicates`.
+        tasks: What to send; read once, but for a `TaskSource` that has to be looked at again.
+        note: Told of each chunk before it is sent.
+        post: Sends a chunk under a key, and gives the batch that took it. The server deduplicates by the key if
+            `deduplicates`.
         was_refused: Whether a chunk whose sending ended like this was surely not taken.
         read_back: Looks into the batch.
-        monitor: Told of each chunk.
-        batch_id: The batch.
+        monitor: Told of each chunk that was taken.
         chunk_size: The most tasks in a chunk.
         is_own: The batch is a new one, and nobody else adds to it.
-        again: The tasks, once more, where they can be read more often.
-        repeats: How often a chunk is sent again after its answer was lost.
         deduplicates: Whether the server takes what is sent under the same key only once.
         key: What names the first chunk, if that is not to be made up: an earlier call may have sent it.
         checkpoint: Where to note what was taken.
     """
 
     tasks: Iterable[Task]
-    post: Callable[[bytes, str], None]
+    note: Callable[[List[Task]], None]
+    post: Callable[[bytes, str], str]
     was_refused: Callable[[Exception], bool]
     read_back: ReadBack
     monitor: Monitor
-    batch_id: str
     chunk_size: int
     is_own: bool
-    again: Optional[Iterable[Task]]
-    repeats: int
     deduplicates: bool
     key: Optional[str]
     checkpoint: Optional[Checkpoint]
 
     def __post_init__(self) -> None:
+        self._batch_id = self.read_back.batch_id
+        #: How often a chunk is sent again after its answer was lost; with a key of the caller's, the caller looks.
+        self._repeats = 0 if self.key else self.read_back.retries
         self._first_key = self.key or uuid.uuid4().hex
-        self._total = len(self.again) if isinstance(self.again, Sized) else None
+        self._total = len(self.tasks) if isinstance(self.tasks, TaskSource) else None
         self._chunks = Chunks(self.tasks, self.chunk_size, self.checkpoint.counts if self.checkpoint else ())
         self._before = 0  # tasks that were in the batch when the upload began
         self._uploaded = 0
@@ -71,18 +77,18 @@ class Upload:
         sent = 0
         try:
             self._look_at_batch()
-            self.monitor.upload(self.batch_id, 0, self._total)
+            self.monitor.upload(self._batch_id, 0, self._total)
             for sent, (chunk, lines) in enumerate(self._chunks, 1):
                 self._send(sent - 1, chunk, lines)
                 chunk.clear()  # they are held elsewhere too, and would be until the next chunk is made
-                self.monitor.upload(self.batch_id, self._uploaded, self._total)
+                self.monitor.upload(self._batch_id, self._uploaded, self._total)
             if self.checkpoint:
                 self.checkpoint.end(sent, self._uploaded)
         except KeyboardInterrupt:
             known = f"{self._uploaded:,} tasks are in it, the next {len(self._unsent):,} may be. "
             known *= not self.checkpoint  # that knows better
             raise KeyboardInterrupt(
-                f"batch {self.batch_id!r} was being uploaded: {known}{self._how_to_go_on('the others')}"
+                f"batch {self._batch_id!r} was being uploaded: {known}{self._how_to_go_on('the others')}"
             ) from None
         except CheckpointError:
             raise
@@ -99,15 +105,16 @@ class Upload:
             if not total and not self.deduplicates:  # what was taken a moment ago may be on its way
                 total = self.read_back.settled_total(0)
             if not total:
-                gone = self.checkpoint.error(f"the server has nothing of its batch {self.batch_id!r} (deleted?)")
+                gone = self.checkpoint.error(f"the server has nothing of its batch {self._batch_id!r} (deleted?)")
                 raise NotFoundError(gone.message, status_code=404)
-        elif self.repeats and not self.deduplicates and not self.is_own:
+        elif self._repeats and not self.deduplicates and not self.is_own:
             self._before = self.read_back.total()
 
     def _send(self, index: int, chunk: List[Task], lines: bytes) -> None:
         """Send a chunk until all of it was taken; after a lost answer, only what the batch does not have."""
-        start, repeats = self._uploaded, self.repeats
+        start, repeats = self._uploaded, self._repeats
         self._unsent, self._in_doubt = chunk, False
+        self.note(chunk)
         key = f"{self._first_key}-{index}" if index else self._first_key
         known = self.checkpoint.begin(index, chunk, lines, key) if self.checkpoint else Sent(key)
         self._chunk_key = known.key
@@ -121,8 +128,7 @@ class Upload:
             may_be_known = self._chunk_key == known.key and (known.in_doubt or self.key is not None)
             self._in_doubt = True
             try:
-                self.post(lines, self._chunk_key)
-                break
+                taken_by = self.post(lines, self._chunk_key)
             except Exception as exc:
                 self._in_doubt = may_be_known or not self.was_refused(exc)
                 # A server that deduplicates refuses tasks that were sent with another key of the provider's.
@@ -136,6 +142,10 @@ class Upload:
                 except APIError as failed:
                     self._why_unknown = f", and looking whether it was taken failed: {failed}"
                     raise exc
+            else:
+                if taken_by != self._batch_id:  # to send it again would be no help
+                    raise InvalidResponseError(f"the tasks for batch {self._batch_id!r} went to batch {taken_by!r}")
+                break
         self._uploaded, self._unsent = start + len(chunk), []
         if self.checkpoint and not known.was_taken:
             self.checkpoint.take(index)
@@ -143,7 +153,7 @@ class Upload:
     def _look_for(self, chunk: List[Task], start: int) -> None:
         """Read back which tasks of a chunk the batch does not have; its total before the chunk was ``start`` more."""
         self._in_doubt = True
-        sent_before = None if self.again is None else islice(map(as_task, self.again, count()), start)
+        sent_before = islice(map(as_task, self.tasks, count()), start) if isinstance(self.tasks, TaskSource) else None
         self._unsent = self.read_back.find_missing(chunk, self._before + start, sent_before, self.is_own)
         self._uploaded = start + len(chunk) - len(self._unsent)
         self._in_doubt, self._chunk_key = False, uuid.uuid4().hex
@@ -154,13 +164,13 @@ class Upload:
         maybe = f", {len(unconfirmed):,} more may have been" if unconfirmed else ""
         first = "First look whether the batch has those of error.unconfirmed, and send them if it has not. "
         return BatchUploadError(
-            f"batch {self.batch_id!r}: {self._uploaded:,} tasks were uploaded{maybe}, "
+            f"batch {self._batch_id!r}: {self._uploaded:,} tasks were uploaded{maybe}, "
             f"then: {str(exc) or type(exc).__name__}{self._why_unknown}. "
             + first * bool(maybe and not self.checkpoint)
             + self._how_to_go_on("error.remaining", "error.batch_id"),
             status_code=exc.status_code if isinstance(exc, APIError) else None,
             response=exc.response if isinstance(exc, APIError) else None,
-            batch_id=self.batch_id,
+            batch_id=self._batch_id,
             uploaded=self._uploaded,
             unconfirmed=unconfirmed,
             remaining=self._chunks.rest_after(([] if unconfirmed else self._unsent) + self._chunks.unsent),
@@ -170,4 +180,4 @@ class Upload:
     def _how_to_go_on(self, rest: str, batch_id: str = "") -> str:
         if self.checkpoint:
             return "The same call again goes on, by its checkpoint"
-        return f"Go on with create_batch({rest}, batch_id={batch_id or repr(self.batch_id)})"
+        return f"Go on with create_batch({rest}, batch_id={batch_id or repr(self._batch_id)})"

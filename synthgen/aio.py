@@ -399,9 +399,9 @@ class _Call(SynthgenClient):
         self._cancelled.wait(seconds)
         self._check()
 
-    def _upload(self, batch_id: str, lines: bytes, key: str) -> None:
+    def _upload(self, batch_id: str, lines: bytes, key: str) -> str:
         self.batch_id = batch_id
-        super()._upload(batch_id, lines, key)
+        return super()._upload(batch_id, lines, key)
 
     def _stream_export(self, *args: Any, **options: Any) -> Generator[Tuple[Iterable[TaskResponse], bytes], None, None]:
         with closing(super()._stream_export(*args, **options)) as stream:

@@ -9,7 +9,6 @@ import logging
 import os
 import time
 import uuid
-from collections import deque
 from collections.abc import Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -20,6 +19,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     BinaryIO,
+    Callable,
     ContextManager,
     Dict,
     Generator,
@@ -150,7 +150,7 @@ class SynthgenClient:
         backoff_factor: The pauses before the repeats are 0, then about 2, 4, 8, ... times this, in seconds
             (``urllib3.util.Retry``), unless the server says how long.
         session: Your own session, for proxies, CAs or client certificates. The client neither changes nor
-            closes it; its adapters' retries, if any, replace ours.
+            closes it. Requests are repeated as its adapters say; those of requests never do.
         idempotent_uploads: The server takes an upload with the same Idempotency-Key only once (the embedded
             server does), so that uploads too are repeated after any failure but a refusal.
 
@@ -250,11 +250,8 @@ class SynthgenClient:
             if not idempotency_key or not is_header_value(idempotency_key):
                 raise ValueError("an idempotency key must be text that fits a header")
             chunk_size = max(chunk_size, len(tasks) if isinstance(tasks, Sized) else 0)
-        again = tasks if isinstance(tasks, TaskSource) else None
         with _watching(monitor) as told, self._noting(checkpoint, batch_id, chunk_size) as noted:
-            created = self._submit(
-                tasks, chunk_size, batch_id, told, noted, is_own=is_own, again=again, key=idempotency_key
-            )
+            created = self._submit(tasks, chunk_size, batch_id, told, noted, is_own=is_own, key=idempotency_key)
         if not created.total_tasks and is_own:  # nothing may be left of an upload that goes on
             raise ValueError("there are no tasks to upload")
         return created
@@ -288,8 +285,8 @@ class SynthgenClient:
             cost_by_1m_output_token: Price of a million output tokens, for the display.
             chunk_size: The most tasks in one upload.
             poll_interval: The longest pause between two polls, in seconds.
-            timeout: The longest wait for the batch to end, in seconds, uploading included; None for ever. No request
-                is broken off for it, and no upload begun after it.
+            timeout: The longest wait for the batch to end, in seconds, uploading included; None for ever. No request,
+                with its repeats, is broken off for it, and no upload begun after it.
             stall_timeout: How long nothing may move, in seconds, before the reason is looked for; None for ever.
             show_progress: Draw the progress on stderr: with rich on a terminal, else in lines.
             monitor: Is told of the progress, in place of that.
@@ -440,9 +437,10 @@ class SynthgenClient:
         Raises:
             OSError: The file can't be written; found out before anything is asked.
         """
-        export = self._iter_export(_batch_path(batch_id), task_status, with_source=True)
         written = 0
-        with _watching(monitor) as told, replacing(path) as file:
+        with _watching(monitor) as told, replacing(path) as file, closing(
+            self._iter_export(_batch_path(batch_id), task_status, with_source=True)
+        ) as export:
             for _, source in _counted(export, told, None):
                 file.write(source.replace(b"\n", b" ") + b"\n")  # in JSON a line break is a space: a text has \\n
                 written += 1
@@ -511,8 +509,8 @@ class SynthgenClient:
         monitor: Monitor,
         checkpoint: Optional[Checkpoint],
         *,
+        note: Callable[[List[Task]], None] = lambda chunk: None,
         is_own: bool = True,
-        again: Optional[Iterable[Task]] = None,
         key: Optional[str] = None,
         deadline: Optional[float] = None,
     ) -> BulkTaskResponse:
@@ -531,33 +529,30 @@ class SynthgenClient:
         )
         upload = Upload(
             tasks,
+            note,
             lambda lines, key: self._upload(batch_id, lines, key),
             self._was_refused,
             read_back,
             monitor,
-            batch_id=batch_id,
             chunk_size=chunk_size,
             is_own=is_own,
-            again=again,
-            repeats=0 if key else self._retries,  # with a key, the caller looks
             deduplicates=self._idempotent_uploads,
             key=key,
             checkpoint=checkpoint,
         )
         return BulkTaskResponse(batch_id=batch_id, total_tasks=upload.run())
 
-    def _upload(self, batch_id: str, lines: bytes, key: str) -> None:
+    def _upload(self, batch_id: str, lines: bytes, key: str) -> str:
+        """Post a chunk; gives the batch that took it."""
         body, content_type = encode_multipart_formdata({"file": ("batch.jsonl", lines, "application/x-jsonlines")})
         headers = {"Idempotency-Key": key, "Content-Type": content_type}
         data = self._request("POST", _BATCHES, params={"batch_id": batch_id}, body=body, headers=headers)
-        what = self._name("POST", _BATCHES)
-        taken = parse(BulkTaskResponse, data, what)
-        if taken.batch_id != batch_id:
-            raise InvalidResponseError(f"{what}: the tasks for batch {batch_id!r} went to batch {taken.batch_id!r}")
+        return parse(BulkTaskResponse, data, self._name("POST", _BATCHES)).batch_id
 
     def _was_refused(self, exc: Exception) -> bool:
         """Whether an upload that ended like this was surely not taken."""
-        refused = isinstance(exc, APIError) and 400 <= (exc.status_code or 0) < 500
+        status = isinstance(exc, APIError) and exc.status_code or 0
+        refused = 400 <= status < 500 or status in (307, 308)  # 303 says that it was taken, 301 and 302 say nothing
         if self._repeats_uploads():  # an earlier try may have been taken before one that surely was not
             return refused and not isinstance(exc, RateLimitError)
         return refused or never_sent(exc.__cause__)
@@ -597,21 +592,19 @@ class SynthgenClient:
         deadline = None if options.timeout is None else time.monotonic() + options.timeout
         again = tasks if isinstance(tasks, TaskSource) else None
         batch_id = _new_batch_id(options.batch_id)
-        submits = tasks is not None and options.batch_id is None
-        if submits:
+        to_submit = tasks if options.batch_id is None else None
+        if to_submit is not None:
             self._show_health(monitor, required=True)
         with self._noting(options.checkpoint, batch_id, options.chunk_size) as noted:
-            if tasks is not None:
-                tasks = results.noting(tasks)
-                if submits:
-                    created = self._submit(
-                        tasks, options.chunk_size, batch_id, monitor, noted, again=again, deadline=deadline
-                    )
-                    batch_id = created.batch_id
-                else:
-                    deque(tasks, maxlen=0)
-                if not results.tasks:
-                    raise ValueError("there are no tasks to run")
+            if to_submit is not None:
+                created = self._submit(
+                    to_submit, options.chunk_size, batch_id, monitor, noted, note=results.note, deadline=deadline
+                )
+                batch_id = created.batch_id
+            elif tasks is not None:
+                results.note(map(as_task, tasks, count()))
+            if results.tasks == 0:
+                raise ValueError("there are no tasks to run")
             wait = BatchWait(
                 lambda read_timeout: self._get_batch(_batch_path(batch_id), retries=0, read_timeout=read_timeout),
                 self.check_health,
@@ -628,9 +621,6 @@ class SynthgenClient:
                 if to_submit is None:
                     self._show_health(monitor, required=False)
                 return self._collect(wait, batch_id, again, results, monitor)
-            except KeyboardInterrupt:
-                how = f"{options.call}batch_id={batch_id!r})"
-                raise KeyboardInterrupt(f"batch {batch_id!r} goes on; come back to it with {how}") from None
 
     def _collect(
         self,
@@ -877,16 +867,6 @@ class SynthgenClient:
 
 
 @contextmanager
-def _naming_batch(batch_id: str, options: _Options) -> Iterator[None]:
-    """Ctrl-C says which batch it leaves, and how to come back to that."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        how = f"{options.call}batch_id={batch_id!r})"
-        raise KeyboardInterrupt(f"batch {batch_id!r} goes on; come back to it with {how}") from None
-
-
-@contextmanager
 def _watching(monitor: Optional[Monitor]) -> Iterator[Monitor]:
     """The monitor, or a silent one; its own errors stop nothing, and it is closed at the end."""
     guarded = GuardedMonitor(Monitor() if monitor is None else monitor)
@@ -894,6 +874,16 @@ def _watching(monitor: Optional[Monitor]) -> Iterator[Monitor]:
         yield guarded
     finally:
         guarded.close()
+
+
+@contextmanager
+def _naming_batch(batch_id: str, options: _Options) -> Iterator[None]:
+    """Ctrl-C says which batch it leaves, and how to come back to that."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        how = f"{options.call}batch_id={batch_id!r})"
+        raise KeyboardInterrupt(f"batch {batch_id!r} goes on; come back to it with {how}") from None
 
 
 def _counted(items: Iterable[_Item], monitor: Monitor, total: Optional[int]) -> Iterator[_Item]:

@@ -193,6 +193,45 @@ def test_what_remains_of_an_iterator_can_still_be_sent(server, client, path):
     assert server.calls == dict.fromkeys(map(str, range(6)), 1)
 
 
+class Source:
+    """Tasks that fail to come once, and go on to."""
+
+    def __init__(self, before, after):
+        self._tasks = [*before, None, *after]
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self._tasks:
+            raise StopIteration
+        item = self._tasks.pop(0)
+        if item is None:
+            raise LookupError("the database went away")
+        return item
+
+
+def test_what_remains_of_an_iterator_that_failed_can_still_be_sent(server, client, path):
+    """A cursor may go on where it was; none of its tasks is lost."""
+    given = tasks(6)
+
+    with pytest.raises(BatchUploadError, match="the database went away") as caught:
+        client.run_batch(Source(given[:3], given[3:]), path, chunk_size=2, show_progress=False)
+
+    assert caught.value.uploaded == 2
+    assert list(caught.value.remaining) == given[2:]
+
+
+def test_what_remains_beside_what_is_no_task_can_still_be_sent(server, client, path):
+    """That, too, is given back."""
+    given = [*tasks(3), "no task", *tasks(2)]
+
+    with pytest.raises(BatchUploadError, match="must be Task objects") as caught:
+        client.run_batch(once(given), path, chunk_size=2, show_progress=False)
+
+    assert list(caught.value.remaining) == given[2:]
+
+
 @pytest.mark.parametrize("given", [[], once([])], ids=["list", "iterator"])
 def test_no_tasks_are_no_batch(server, client, path, given):
     """No file is made."""
@@ -248,6 +287,19 @@ def test_what_is_no_file_is_refused(server, client, output):
     assert server.requests == []
 
 
+@pytest.mark.parametrize("mode", ["w", "rb", "closed"])
+def test_a_file_that_takes_no_bytes_is_refused(server, client, path, mode):
+    """Before anything is sent: after it, the results would be paid for."""
+    path.touch()
+    with open(path, "wb" if mode == "closed" else mode) as output:
+        if mode == "closed":
+            output.close()
+        with pytest.raises(TypeError, match="open for writing"):
+            client.run_batch(tasks(1), output, show_progress=False)
+
+    assert server.requests == []
+
+
 def test_the_output_is_not_the_checkpoint(server, client, path):
     """The one would replace the other."""
     with pytest.raises(ValueError, match="can't be the output and the checkpoint"):
@@ -287,19 +339,6 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(server, client, path,
 
     with pytest.raises(OSError):
         client.run_batch(tasks(3), path, show_progress=False)
-@pytest.mark.parametrize("mode", ["w", "rb", "closed"])
-def test_a_file_that_takes_no_bytes_is_refused(server, client, path, mode):
-    """Before anything is sent: after it, the results would be paid for."""
-    path.touch()
-    with open(path, "wb" if mode == "closed" else mode) as output:
-        if mode == "closed":
-            output.close()
-        with pytest.raises(TypeError, match="open for writing"):
-            client.run_batch(tasks(1), output, show_progress=False)
-
-    assert server.requests == []
-
-
 
     assert os.listdir(path.parent) == [] and uploads(server) == []
 

@@ -292,6 +292,26 @@ def test_an_idempotency_key_fits_a_header(server, client, key):
 # -------------------------------------------------------------- never sent, sent, or may have been sent
 
 
+@pytest.mark.parametrize("status", [307, 308])
+def test_a_chunk_that_is_to_be_sent_elsewhere_was_not_taken(server, client, status):
+    """Both say that the request has not been carried out."""
+    fail_after(server, 0, Answer(None, status, {"Location": "https://server.test/"}))
+
+    error = caught_from(client, tasks(2))
+
+    assert error.unconfirmed == [] and len(list(error.remaining)) == 2
+
+
+def test_tasks_that_went_to_another_batch_are_not_sent_again(server):
+    """They are taken: to look for them in the right batch, and to send them once more, would run them twice."""
+    server.answer("POST", "/api/v1/batches", {"batch_id": "another", "total_tasks": 2})
+    with SynthgenClient(server.url, backoff_factor=0) as client:
+        error = caught_from(client, tasks(2), batch_id=None)
+
+    assert "went to batch 'another'" in str(error) and len(error.unconfirmed) == 2
+    assert [request.method for request in server.requests] == ["POST"]
+
+
 @pytest.mark.parametrize("answer", UNKNOWN.values(), ids=list(UNKNOWN))
 def test_a_chunk_without_a_clear_answer_is_unconfirmed(server, client, answer):
     """It was sent, once, and may have been taken; the rest surely was not."""
