@@ -8,7 +8,7 @@ import asyncio
 import os
 import threading
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
 from typing import (
@@ -30,7 +30,6 @@ from typing import (
     TypeVar,
     Union,
 )
-from weakref import WeakKeyDictionary
 
 import requests
 
@@ -112,7 +111,7 @@ class AsyncSynthgenClient:
         self.base_url: str = self._client.base_url
         self.timeout: float = self._client.timeout
         self._threads = ThreadPoolExecutor(_UNLIMITED, thread_name_prefix=type(self).__name__)
-        self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+        self._slots: Dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
         self._running: Dict[Future[Any], _Call] = {}
         self._closed = False
 
@@ -298,7 +297,12 @@ class AsyncSynthgenClient:
 
     async def _run_short(self, function: Callable[["_Call"], _Result]) -> _Result:
         """The same for one request: so many at a time, without those that were cancelled and whose threads go on."""
-        async with self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(_SHORT_CALLS_AT_ONCE)):
+        loop = asyncio.get_running_loop()
+        if loop not in self._slots:
+            for other in [other for other in list(self._slots) if other.is_closed()]:
+                self._slots.pop(other, None)
+            self._slots[loop] = asyncio.Semaphore(_SHORT_CALLS_AT_ONCE)
+        async with self._slots[loop]:
             return await self._run(function)
 
     def _start(self, call: "_Call", function: Callable[[], _Result]) -> "Future[_Result]":
@@ -385,7 +389,10 @@ class _Call(SynthgenClient):
         self._awaited = future = asyncio.run_coroutine_threadsafe(function(), self.loop)
         if self._cancelled.is_set():  # since the check, when there was nothing to cancel yet
             future.cancel()
-        return future.result()
+        try:
+            return future.result()
+        except CancelledError:  # that of concurrent.futures is an Exception
+            raise asyncio.CancelledError("the tasks' iterable was cancelled, or the client closed") from None
 
     def _check(self) -> None:
         if self._cancelled.is_set():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 from builders import batch, export_line, framework_task, tasks
@@ -430,6 +431,27 @@ def test_closing_cancels_what_still_runs(run, framework):
     run(main())
 
 
+def test_closing_the_client_ends_an_upload_that_waits_for_its_tasks(run, framework):
+    """As a cancellation, whatever the call is in."""
+
+    async def main():
+        waits = asyncio.Event()
+
+        async def source():
+            yield tasks(1)[0]
+            waits.set()
+            await asyncio.Event().wait()
+
+        client = AsyncSynthgenClient(framework.url)
+        call = asyncio.ensure_future(client.create_batch(source(), 1))
+        await waits.wait()
+        await client.close()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    run(main())
+
+
 def test_a_closed_client_says_so(run):
     """Closing twice is fine; a call after it is a mistake, and no other error."""
 
@@ -454,6 +476,21 @@ def test_one_client_serves_several_loops(run, framework):
     run(client.close())
 
     assert (first.total_tasks, second.total_tasks) == (1, 1)
+
+
+def test_a_client_keeps_no_loop_that_was_closed(run, framework):
+    """A script may start one for each batch."""
+    client = AsyncSynthgenClient(framework.url)
+
+    async def main():
+        await asyncio.gather(*(client.check_health() for _ in range(20)))  # more than are made at a time
+        return weakref.ref(asyncio.get_running_loop())
+
+    loops = [asyncio.run(main()) for _ in range(3)]
+    run(client.close())
+    gc.collect()
+
+    assert [loop() for loop in loops[:2]] == [None, None]
 
 
 # ------------------------------------------------------------------------------ streams
