@@ -7,10 +7,10 @@ import sqlite3
 import sys
 import tempfile
 from contextlib import contextmanager, suppress
-from itertools import groupby, islice
+from itertools import islice
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, List, Optional, Tuple, TypeVar
 
-from ._matching import UNFINISHED, Name, result_digest, result_name, share_out, task_digest, task_name
+from ._matching import UNFINISHED, Name, result_digest, result_name, task_digest, task_name
 from ._stream import decoded
 from .models import Task, TaskResponse
 
@@ -19,14 +19,14 @@ _Item = TypeVar("_Item")
 _SETUP = (
     "PRAGMA journal_mode = OFF",
     "PRAGMA synchronous = OFF",
-    "CREATE TABLE tasks (position INTEGER PRIMARY KEY, digest BLOB, custom_id TEXT, name TEXT)",
+    "CREATE TABLE tasks (position INTEGER PRIMARY KEY, digest BLOB, custom_id TEXT, name TEXT, short_name TEXT)",
     "CREATE TABLE results (id INTEGER PRIMARY KEY, digest BLOB, message_id TEXT, ok INTEGER, name TEXT, source BLOB)",
-    "CREATE TABLE matched (position INTEGER PRIMARY KEY, result_id INTEGER)",
+    "CREATE TABLE matched (position INTEGER PRIMARY KEY, result_id INTEGER UNIQUE)",
     "BEGIN",  # and no end: nothing is ever read back from what a process left
 )
 _DERIVED = (
-    "CREATE INDEX IF NOT EXISTS tasks_by_digest ON tasks (digest, position, name)",
-    "CREATE INDEX IF NOT EXISTS results_by_digest ON results (digest)",
+    "CREATE INDEX IF NOT EXISTS tasks_by_digest ON tasks (digest, name, position)",
+    "CREATE INDEX IF NOT EXISTS results_by_digest ON results (digest, name, ok DESC)",
     """
     CREATE TABLE IF NOT EXISTS alike AS
     SELECT digest FROM tasks GROUP BY digest HAVING COUNT(DISTINCT name) > 1
@@ -36,6 +36,16 @@ _DERIVED = (
 _UNNAMED = """
     SELECT id, message_id FROM results WHERE id > ? AND name IS NULL AND digest IN (SELECT digest FROM alike)
     ORDER BY id LIMIT 1000
+"""
+#: What tasks and results that are left are matched by, besides their digests: as in `share_out`.
+_NAMES = (("name", "name"), ("short_name", "name"), ("''", "COALESCE(name, '')"))
+_TASKS_LEFT = """
+    SELECT digest, {0}, position FROM tasks WHERE position NOT IN (SELECT position FROM matched)
+    ORDER BY digest, {0}, position
+"""
+_RESULTS_LEFT = """
+    SELECT digest, {0}, id FROM results WHERE {0} IS NOT NULL AND id NOT IN (SELECT result_id FROM matched)
+    ORDER BY digest, {0}, ok DESC
 """
 
 
@@ -87,8 +97,10 @@ class ResultFile:
     def note(self, tasks: Iterable[Task]) -> None:
         """Note the next tasks."""
         for task in tasks:
-            row = (self.tasks, task_digest(task), task.custom_id, json.dumps(task_name(task)))
-            self._write("INSERT INTO tasks VALUES (?, ?, ?, ?)", row)
+            names = json.dumps(task_name(task)), json.dumps((task.custom_id, None, None))
+            self._write(
+                "INSERT INTO tasks VALUES (?, ?, ?, ?, ?)", (self.tasks, task_digest(task), task.custom_id, *names)
+            )
             self.tasks += 1
 
     def match(
@@ -116,9 +128,11 @@ class ResultFile:
         for statement in _DERIVED:
             self._write(statement)
         self._name_results(look_up)
-        for position, result_id in self._shared_out():
-            self._write("INSERT INTO matched VALUES (?, ?)", (position, result_id))
-            matched += 1
+        for of_task, of_result in _NAMES:
+            tasks, results = self._read(_TASKS_LEFT.format(of_task)), self._read(_RESULTS_LEFT.format(of_result))
+            for pair in _merged(tasks, results):
+                self._write("INSERT INTO matched VALUES (?, ?)", pair)
+                matched += 1
         return matched, received - matched
 
     def __iter__(self) -> Iterator[TaskResponse]:
@@ -144,15 +158,6 @@ class ResultFile:
                 name = _json_or_none(result_name(result) if result else None)
                 self._write("UPDATE results SET name = ? WHERE id = ?", (name, last))
 
-    def _shared_out(self) -> Iterator[Tuple[int, int]]:
-        """The position of its task and the id of each result that has one."""
-        tasks = self._read("SELECT digest, position, name FROM tasks ORDER BY digest, position")
-        for digest, group in groupby(tasks, lambda row: row[0]):
-            positions, names = zip(*((position, _parsed(name)) for _, position, name in group))
-            found = self._read("SELECT name, ok, id FROM results WHERE digest = ?", digest)
-            shared = share_out(names, ((_parsed(name), bool(ok), result_id) for name, ok, result_id in found))
-            yield from ((position, result_id) for position, result_id in zip(positions, shared) if result_id)
-
     def _read(self, query: str, *values: Any) -> Iterator[Any]:
         with _as_os_errors(self._path):
             yield from self._db.execute(query, values)
@@ -166,8 +171,17 @@ def _json_or_none(name: Optional[Name]) -> Optional[str]:
     return None if name is None else json.dumps(name)
 
 
-def _parsed(name: Optional[str]) -> Any:
-    return None if name is None else tuple(json.loads(name))
+def _merged(tasks: Iterator[Any], results: Iterator[Any]) -> Iterator[Tuple[int, int]]:
+    """Pairs of what is at the end of each, where what is before it is the same; both are in order."""
+    task = next(tasks, None)
+    for digest, name, result_id in results:
+        while task is not None and task[:2] < (digest, name):
+            task = next(tasks, None)
+        if task is None:
+            return
+        if task[:2] == (digest, name):
+            yield task[2], result_id
+            task = next(tasks, None)
 
 
 @contextmanager

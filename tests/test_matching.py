@@ -1,8 +1,12 @@
 """Each task gets its own result, whatever the server tells of which is which."""
 
+import io
 import json
 import threading
+import tracemalloc
 from collections import Counter
+from contextlib import closing
+from functools import lru_cache
 
 import pytest
 from builders import URL, batch, export_line, framework_task, local_task, task
@@ -12,6 +16,7 @@ from servers import DEADLINE, Answer
 
 from synthgen import Monitor, SynthgenClient, Task, TaskResponse
 from synthgen._matching import ResultList, result_digest, task_digest
+from synthgen._results import ResultFile
 
 OTHER_URL = "http://other.test/v1/chat/completions"
 
@@ -21,14 +26,28 @@ def no_look_up(result):
 
 
 def matched(tasks, exported, look_up=no_look_up):
-    """The message id of each task's result, and the number of surplus results."""
+    """The message id of each task's result, and the number of surplus results; the same in memory and in a file."""
+    sources = [json.dumps(one).encode("ascii") for one in exported]
     responses = [TaskResponse(**one) for one in exported]
     by_id = {one.message_id: one for one in responses}
+
+    @lru_cache(maxsize=None)
+    def ask_for(message_id):
+        return look_up(by_id[message_id])
+
+    def ask(ids):
+        return [ask_for(message_id).model_copy() for message_id in ids]
+
     found = ResultList(tasks)
-    _, surplus = found.match(responses, lambda ids: [look_up(by_id[i]) for i in ids])
+    _, surplus = found.match([one.model_copy() for one in responses], ask)
     results = found._results
     for one, result in zip(tasks, results):
         assert result is None or result.custom_id == one.custom_id
+    with closing(ResultFile(io.BytesIO())) as file:
+        file.note(tasks)
+        assert file.match(zip(responses, sources), ask) == (len(list(found)), surplus)
+        assert list(file.missing()) == list(found.missing())
+        assert [(one.custom_id, one.status) for one in file] == [(one.custom_id, one.status) for one in found]
     return [result and result.message_id for result in results], surplus
 
 
@@ -213,6 +232,21 @@ def identity(one, *names):
     return repr([framework_task(0, one)[name] for name in ("body", "dataset", "source")]), *(
         getattr(one, name) for name in names
     )
+
+
+def test_results_in_a_file_take_no_memory_however_many_tasks_are_alike():
+    """As where one prompt is asked again and again: a million samples are not to be held at once."""
+    alike = [task(custom_id=str(number)) for number in range(3000)]
+    one = TaskResponse(**local_task(0, alike[0]))
+    results = ((one.model_copy(update={"custom_id": same.custom_id}), b"{}") for same in alike)
+    with closing(ResultFile(io.BytesIO())) as file:
+        file.note(alike)
+        tracemalloc.start()
+        assert file.match(results, no_look_up) == (3000, 0)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+
+    assert peak < 100 * len(alike)
 
 
 @given(st.lists(any_task, max_size=12), st.data())
