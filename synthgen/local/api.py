@@ -18,8 +18,6 @@ from .usage import MINUTE, format_time, parse_time_range, summary, time_series
 from .webserver import HTTPError, Request, Response, json_response
 from .worker import Workers
 
-__all__ = ["API"]
-
 _OPEN_PATHS = ("/", "/health")
 #: No page goes beyond the task of this number, as in the framework.
 _MAX_PAGED_TASKS = 10_000

@@ -18,8 +18,6 @@ from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional, T
 
 from ..exceptions import ConfigurationError
 
-__all__ = ["Database", "Operation"]
-
 logger: logging.Logger = logging.getLogger(__name__)
 
 _MAX_GROUP = 1000

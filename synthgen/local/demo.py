@@ -12,8 +12,6 @@ from typing import Any, Callable, Dict, List, Optional
 
 from .webserver import HTTPError, Request, Response, WebServer, json_response
 
-__all__ = ["DemoProvider", "solve"]
-
 _PATH = "/v1/chat/completions"
 _HELP = "I solve linear equations in one unknown. Ask me, for example: solve 2x + 4 = 10"
 _MAX_EQUATION = 100

@@ -12,8 +12,6 @@ from typing import Any, Deque, Dict, List, NamedTuple, Optional
 from .._estimates import output_limit, prompt_characters, to_tokens
 from .provider import CallPolicy, Kind, Outcome, Told
 
-__all__ = ["Account", "Budget", "Call", "Estimate", "Limits"]
-
 #: So many calls in a row with no answer: the provider is away. So many denied: there is no account.
 _AWAY_AFTER = _DENIED_AFTER = 5
 #: One that had answered is asked at least so often whether it is back, for so long.

@@ -29,8 +29,6 @@ from .._completions import at, is_usable, usage
 from .._retry import innermost, never_sent, parse_retry_after
 from .store import Result
 
-__all__ = ["CallPolicy", "Kind", "Outcome", "Provider", "Told"]
-
 _MAX_ANSWER_BYTES = 64 << 20
 _MAX_ERROR_CHARACTERS = 8 << 10
 #: Failures that may not come again.
@@ -39,7 +37,6 @@ _PASSING = (
     requests.exceptions.ChunkedEncodingError,
     requests.exceptions.ContentDecodingError,
 )
-
 
 #: Statuses below 500 after which a call may work later.
 _TRY_AGAIN = (408, 409, 425)

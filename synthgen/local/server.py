@@ -17,8 +17,6 @@ from .worker import Workers
 if TYPE_CHECKING:
     from ..client import SynthgenClient
 
-__all__ = ["LocalServer"]
-
 
 class LocalServer:
     """The framework's REST API on this machine: SQLite instead of its services, threads instead of its workers.

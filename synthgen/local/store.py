@@ -19,8 +19,6 @@ from uuid import UUID, uuid4
 
 from .database import Database
 
-__all__ = ["Conflict", "Result", "Store", "Stored", "Upload", "batch_number", "now"]
-
 _APPLICATION_ID = 0x53796E67  # "Syng"
 _VERSION = 2
 _TASK_BITS = 32

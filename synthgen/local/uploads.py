@@ -12,8 +12,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..models import is_header_value
 from .webserver import HTTPError
 
-__all__ = ["problem", "read_file", "read_rows"]
-
 _MAX_PART_HEADERS = 16 << 10
 _MAX_PARTS = 100
 _MAX_ERRORS = 100

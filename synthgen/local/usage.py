@@ -6,8 +6,6 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, Dict, Iterable, List, Mapping, Optional
 from typing import Counter as CounterType
 
-__all__ = ["MINUTE", "format_time", "parse_time_range", "summary", "time_series"]
-
 #: In microseconds, as all times in the store.
 MINUTE = 60_000_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)

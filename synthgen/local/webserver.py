@@ -21,8 +21,6 @@ from urllib.parse import parse_qsl, unquote
 
 from ..exceptions import ConfigurationError
 
-__all__ = ["HTTPError", "Request", "Response", "WebServer", "json_response"]
-
 logger: logging.Logger = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS = 200

@@ -24,8 +24,6 @@ from .pace import Account, Budget, Call, Limits
 from .provider import CallPolicy, Kind, Outcome, Provider
 from .store import Result, Store, batch_number, now
 
-__all__ = ["Workers"]
-
 logger: logging.Logger = logging.getLogger(__name__)
 
 #: Seconds until a store that failed (a full disk) is tried again.
