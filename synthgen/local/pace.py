@@ -107,9 +107,9 @@ class _Window:
             self.taken += amount - entry[1]
             entry[1] = amount
 
-    def delay(self, amount: float, now: float, limit: Optional[float] = None) -> float:
+    def delay(self, amount: float, now: float, limit: float = math.inf) -> float:
         """How long until there is room for so much, under its own limit and this one."""
-        entries, limit = self._entries, self._limit if limit is None else min(limit, self._limit)
+        entries, limit = self._entries, min(limit, self._limit)
         while entries and entries[0][0] <= now - self._length:
             self.taken -= entries.popleft()[1]
         excess = min(amount, limit) - limit + self.taken
@@ -137,8 +137,6 @@ class Account:
         self.name = name
         #: Why its tasks are not called any more; None while they are.
         self.verdict: Optional[str] = None
-        #: Whether several calls in a row had no answer; one at a time finds out when it is back.
-        self.is_away: bool = False
         #: How often it was tried since it last answered; calls that run at the same time are one try.
         self.rounds: int = 0
         self.waiting: _Turns = _Turns()
@@ -154,20 +152,25 @@ class Account:
         #: While it is not known whether calls are taken again, one at a time: that one.
         self._is_probing = False
         self._probe: Optional[Call] = None
-        #: Calls a second; None for any.
-        self._rate: Optional[float] = None
+        #: Calls a second; infinite for any.
+        self._rate = math.inf
         self._patience = _FIRST_PATIENCE
         #: Since the rate was set: what was sent, and what was answered.
         self._sent = self._answered = 0
-        #: What is let through in a minute; None for a provider that is not known to count so. When one more is tried,
-        #: how long after a refusal, and how many were since.
-        self._per_minute: Optional[float] = None
+        #: What is let through in a minute; infinite for a provider that is not known to count so. When one more is
+        #: tried, how many minutes after a refusal, and how many were since.
+        self._per_minute = math.inf
         self._try_at, self._try_after, self._tries = math.inf, 0.0, 0
         self._counted_from = self._ended_at = -math.inf
         #: What calls that started before this say is known already.
         self._refused_at = self._failed_at = -math.inf
         self._has_answered = False
         self._failed = self._refused = self._denied = 0
+
+    @property
+    def is_away(self) -> bool:
+        """Whether several calls in a row had no answer; one at a time finds out when it is back."""
+        return self._failed >= _AWAY_AFTER
 
     def estimate(self, body: Any) -> Estimate:
         """What a call may take, as far as anybody wants to know."""
@@ -179,11 +182,8 @@ class Account:
             return 0.0
         if self._probe is not None:
             return math.inf
-        if self._per_minute is None:
-            delay = self._requests.delay(1, now)
-        else:
-            one_more = max(self._requests.delay(1, now, self._per_minute + 1), self._try_at - now)
-            delay = min(self._requests.delay(1, now, self._per_minute), one_more)
+        one_more = max(self._requests.delay(1, now, self._per_minute + 1), self._try_at - now)
+        delay = min(self._requests.delay(1, now, self._per_minute), one_more)
         return max(delay, self._tokens.delay(self._tokens_of(estimate), now), self._next_at - now)
 
     def start(self, estimate: Estimate, cost: float, now: float) -> Call:
@@ -196,10 +196,9 @@ class Account:
         self._sent += 1
         if self._is_probing:
             self._probe = call
-        if self._per_minute is not None and self._requests.taken > self._per_minute:
+        if self._requests.taken > self._per_minute:
             self._count_try(now)
-        if self._rate is not None:
-            self._next_at = max(self._next_at, now - _CATCH_UP) + 1 / self._grown(self._rate)
+        self._next_at = max(self._next_at, now - _CATCH_UP) + 1 / self._grown_rate()
         return call
 
     def ended(self, call: Call, outcome: Outcome, now: float) -> None:
@@ -233,23 +232,22 @@ class Account:
         if self.verdict is not None:
             self.verdict = None
             self._failed = self._denied = self.rounds = 0
-            self.is_away = self._is_probing = False
+            self._is_probing = False
 
     def _tokens_of(self, estimate: Estimate) -> float:
         prompt, limit = estimate
         return max(prompt, self._mean_tokens) if limit is None else prompt + limit
 
-    def _grown(self, rate: float) -> float:
-        return rate * (1 + 0.3 * (self._answered / self._patience) ** 2)
+    def _grown_rate(self) -> float:
+        return self._rate * (1 + 0.3 * (self._answered / self._patience) ** 2)
 
-    def _set_rate(self, rate: Optional[float], patience: int, now: float) -> None:
+    def _set_rate(self, rate: float, patience: int, now: float) -> None:
         self._rate, self._patience, self._counted_from = rate, patience, now
         self._sent = self._answered = 0
 
     def _answer(self, call: Call, outcome: Outcome) -> None:
         self._has_answered = True
         self._failed = self.rounds = 0
-        self.is_away = False
         if call.started_at > self._refused_at:
             self._answered += 1
             self._refused = 0
@@ -261,11 +259,10 @@ class Account:
 
     def _refuse(self, call: Call, retry_after: float, now: float) -> None:
         self._failed = self.rounds = 0
-        self.is_away = False
         self._requests.correct(call.request, 0)
         if call.started_at <= self._refused_at:
-            if self._per_minute is not None:
-                self._count_minute(self._refused_at)
+            if self._per_minute < math.inf:
+                self._count_minute()
             self._pause("refuses calls", now, retry_after)
             return
         if not self._refused:
@@ -274,37 +271,34 @@ class Account:
         self._refused_at = now
         wait = self._policy.pause(self._refused, retry_after)
         is_long = retry_after > _LONG_WAIT if retry_after else self._refused >= _LONG_REFUSED
-        if self._per_minute is not None or (is_long and self._requests.taken):
-            window = self._policy.window
-            if self._per_minute is None:
-                self._try_after = _SOON * window
-                self._count_minute(now)
-            elif self._refused == 1:  # else nothing was let through since
-                self._try_after = max(3 * self._try_after, _LATER * window)
-                self._count_minute(now)
+        is_known = self._per_minute < math.inf
+        if is_known or (is_long and self._requests.taken):
+            if not is_known or self._refused == 1:  # else nothing was let through since
+                self._try_after = max(3 * self._try_after, _LATER) if is_known else _SOON
+                self._count_minute()
             wait = max(wait, self._requests.delay(1, now, self._per_minute))
-        elif self._rate is not None and self._answered:
-            self._measure(self._rate, now + wait)
-        elif self._rate is None and self._requests.taken:  # which may have been saved up
+        elif self._rate < math.inf and self._answered:
+            self._measure(now + wait)
+        elif self._rate == math.inf and self._requests.taken:  # which may have been saved up
             self._set_rate(1 / wait, _FIRST_PATIENCE, now + wait)
         self._pause("refuses calls", now, wait)
 
-    def _count_minute(self, now: float) -> None:
-        """Let as many calls start in a minute as were let through in the last one."""
-        self._per_minute, self._rate = self._requests.taken or self._per_minute, None
-        self._try_at, self._tries = now + self._policy.window + self._try_after, 0
+    def _count_minute(self) -> None:
+        """Let as many calls start in a minute as were let through in the one before the refusal."""
+        self._per_minute, self._rate = self._requests.taken or self._per_minute, math.inf
+        self._try_at, self._tries = self._refused_at + (1 + self._try_after) * self._policy.window, 0
 
     def _count_try(self, now: float) -> None:
         """One more than was known to be let through in a minute has started; if it is refused, all is as before."""
         self._per_minute, self._tries = self._requests.taken, self._tries + 1
-        self._try_at = now + min(self._try_after, _LONGEST_BETWEEN * self._policy.window)
+        self._try_at = now + min(self._try_after, _LONGEST_BETWEEN) * self._policy.window
         if self._tries == _ENOUGH_TRIES:
             self._set_rate(self._per_minute / self._policy.window, _FIRST_PATIENCE, now)
-            self._per_minute = None
+            self._per_minute = math.inf
 
-    def _measure(self, before: float, until: float) -> None:
+    def _measure(self, until: float) -> None:
         """Set the rate to what was let through since it was set."""
-        seconds = until - self._counted_from
+        before, seconds = self._rate, until - self._counted_from
         rate, patience = self._answered / seconds, _FIRST_PATIENCE
         if 0.1 * self._answered**3 > 0.25 * self._patience**2:  # by so many calls was the rate exceeded
             if 0.75 < rate / before < 1.33:
@@ -319,12 +313,12 @@ class Account:
         if is_news:
             self._failed_at = now
             self.rounds += 1
-        if not self.is_away and self._failed >= _AWAY_AFTER:
-            self.is_away, self._trouble_since, is_news = True, now, True
+        if self._failed == _AWAY_AFTER:
+            self._trouble_since, is_news = now, True
         if self.is_away and is_news:
             pause = policy.pause(self.rounds, outcome.retry_after)
             self._pause("is away", now, min(pause, _LONGEST_PROBE_PAUSE) if self._has_answered else pause)
-        is_over = now - self._trouble_since > policy.given_up_after if self._has_answered else True
+        is_over = not self._has_answered or now - self._trouble_since > policy.given_up_after
         if is_over and self.is_away and self.rounds > policy.retries:
             has_ended = "no longer answers" if self._has_answered else "has never answered"
             tried = f"tried {self.rounds} times since {_clock(self._trouble_since)}"
@@ -341,7 +335,7 @@ class Account:
         if not per_call or told.remaining > per_call * (self._running + 1):
             return
         rate = _MARGIN * (told.limit - told.remaining) / told.full_in / per_call
-        if rate > 0 and (self._rate is None or rate < self._grown(self._rate)):
+        if 0 < rate < self._grown_rate():
             self._set_rate(rate, _LONGEST_PATIENCE, now)
 
 
