@@ -16,7 +16,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Deque, Dict, List, Optional, Set, Tuple
+from typing import Any, Deque, Dict, List, Optional, Tuple
 from typing import Counter as CounterType
 from urllib.parse import urlsplit
 
@@ -49,6 +49,8 @@ class _Task:
         self.call: Optional[Call] = None
         self.tries = 0
         self.result: Optional[Result] = None
+        #: Whether its call failed and will be made again; whether its result could not be stored yet.
+        self.is_repeating = self.is_unstored = False
         #: Whether identical tasks may have the result.
         self.is_usable = False
         #: Identical tasks that wait for the result. If they can't have it, two of them are called, for the others.
@@ -78,10 +80,8 @@ class Workers:
         #: The tasks that wait for money, and those that wait for a moment.
         self._unaffordable: Deque[_Task] = deque()
         self._waiting: List[Tuple[float, int, _Task]] = []
-        #: Tasks whose call failed and will be made again, and why the last of them failed.
-        self._repeating: Set[int] = set()
+        #: Why the last of the calls failed that will be made again.
         self._last_error = ""
-        self._unstored: Set[int] = set()
         #: By cache key and account: the task whose answer the next identical one waits for.
         self._leaders: Dict[Tuple[bytes, Account], _Task] = {}
         self._providers = [Provider(policy) for _ in range(count)]
@@ -133,9 +133,11 @@ class Workers:
         with self._changed:
             moment = time.monotonic()
             troubles = [account.trouble(moment) for account in self._accounts.values()]
-            if self._repeating:
-                count = f"calls that failed and will be made again: {len(self._repeating):,}"
-                troubles.append(f"{count}; the last: {self._last_error}")
+            repeating = sum(task.is_repeating for task in self._out.values())
+            if repeating:
+                troubles.append(
+                    f"calls that failed and will be made again: {repeating:,}; the last: {self._last_error}"
+                )
             if self._is_out_of_money():
                 troubles.append(f"the budget of {self._budget.cap:g} is used up, {self._budget.spent:.6g} were spent")
             return "; ".join(filter(None, troubles)) or None
@@ -148,7 +150,7 @@ class Workers:
     def unstored(self) -> int:
         """How many results could not be stored yet."""
         with self._changed:
-            return len(self._unstored)
+            return sum(task.is_unstored for task in self._out.values())
 
     # The threads.
 
@@ -190,7 +192,7 @@ class Workers:
                 self._let_go(task)
             elif task.id in self._out:
                 logger.error("can't store a result, trying again: %s", error)
-                self._unstored.add(task.id)
+                task.is_unstored = True
                 self._postpone(task, _AGAIN)
             self._changed.notify()
 
@@ -284,8 +286,7 @@ class Workers:
             task.result = _failure(error, outcome.duration)
             self._store_result(task)
         else:
-            if task.id in self._out:  # not deleted
-                self._repeating.add(task.id)
+            task.is_repeating = True
             status, is_answer, _ = error.partition("): ")  # what the provider said may hold the prompt
             self._last_error = f"{account.name}: {status}" + (")" if is_answer else "")
             if account.is_away:
@@ -356,8 +357,6 @@ class Workers:
         self._out_per_batch[batch] -= 1
         if not self._out_per_batch[batch]:
             del self._out_per_batch[batch]
-        self._repeating.discard(task.id)
-        self._unstored.discard(task.id)
         if self._leaders.get(task.group) is task:
             del self._leaders[task.group]
         followers = [follower for follower in task.followers if follower.id in self._out]
