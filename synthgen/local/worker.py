@@ -270,29 +270,30 @@ class Workers:
         self._budget.ended(call.cost, outcome)
         while self._unaffordable:
             self._queue(self._unaffordable.popleft())
-        error, is_try = outcome.error, outcome.kind is Kind.FAILED
-        if is_try and (outcome.is_reached or not account.is_away):  # else it is not the task's fault
-            task.tries += 1
-        if is_try and (task.tries > self._policy.retries or account.verdict is not None):
-            error = f"{error} (tried {max(task.tries, account.rounds)} times)"
-            is_try = False
-        if outcome.result is not None:
-            task.is_usable = outcome.is_usable
-            task.result = outcome.result._replace(duration=outcome.duration)
-            self._store_result(task)
-        elif outcome.kind is Kind.REFUSED:
+        error = outcome.error
+        if outcome.kind is Kind.REFUSED:
             self._queue(task)
-        elif not is_try:
-            task.result = _failure(error, outcome.duration)
-            self._store_result(task)
+            return
+        if outcome.kind is Kind.FAILED:
+            if outcome.is_reached or not account.is_away:  # else it is not the task's fault
+                task.tries += 1
+            if task.tries <= self._policy.retries and account.verdict is None:
+                self._repeat(task, outcome)
+                return
+            error = f"{error} (tried {max(task.tries, account.rounds)} times)"
+        task.is_usable = outcome.is_usable
+        task.result = (outcome.result or _failure(error))._replace(duration=outcome.duration)
+        self._store_result(task)
+
+    def _repeat(self, task: _Task, outcome: Outcome) -> None:
+        """Let a task wait for another try."""
+        task.is_repeating = True
+        status, is_answer, _ = outcome.error.partition("): ")  # what the provider said may hold the prompt
+        self._last_error = f"{task.account.name}: {status}" + (")" if is_answer else "")
+        if task.account.is_away:
+            self._queue(task)
         else:
-            task.is_repeating = True
-            status, is_answer, _ = error.partition("): ")  # what the provider said may hold the prompt
-            self._last_error = f"{account.name}: {status}" + (")" if is_answer else "")
-            if account.is_away:
-                self._queue(task)
-            else:
-                self._postpone(task, self._policy.pause(task.tries, outcome.retry_after))
+            self._postpone(task, self._policy.pause(task.tries, outcome.retry_after))
 
     def _is_out_of_money(self) -> bool:
         """Whether nothing runs, or will, before the cap is higher."""
@@ -372,5 +373,5 @@ class Workers:
             self._queue(leader)
 
 
-def _failure(error: str, duration: int = 0) -> Result:
-    return Result(False, json.dumps({"error": error}), duration)
+def _failure(error: str) -> Result:
+    return Result(False, json.dumps({"error": error}), 0)
