@@ -9,7 +9,6 @@ import hashlib
 import heapq
 import json
 import logging
-import math
 import sqlite3
 import threading
 import time
@@ -254,13 +253,12 @@ class Workers:
     def _postpone(self, task: _Task, seconds: float) -> None:
         heapq.heappush(self._waiting, (time.monotonic() + seconds, task.id, task))
 
-    def _idle_time(self, moment: float) -> Optional[float]:
+    def _idle_time(self, moment: float) -> float:
         """How long until there may be something to do."""
-        waits = [self._waiting[0][0] - moment] if self._waiting else []
-        for account in self._queued:
-            waits.append(account.delay(account.waiting.first().estimate, moment))
-        shortest = min(waits, default=math.inf)
-        return min(shortest, threading.TIMEOUT_MAX) if shortest < math.inf else None
+        waits = [account.delay(account.waiting.first().estimate, moment) for account in self._queued]
+        if self._waiting:
+            waits.append(self._waiting[0][0] - moment)
+        return min([*waits, threading.TIMEOUT_MAX])
 
     def _learn(self, task: _Task, outcome: Outcome) -> None:
         """What a call has come to: the task's result, or another try."""
@@ -309,10 +307,9 @@ class Workers:
         except ValueError:  # no URL
             provider = name = ""
         key = hashlib.sha256(f"{provider}\n{api_key or ''}".encode()).digest()
-        account = self._accounts.get(key)
-        if account is None:
-            account = self._accounts[key] = Account(name, self._policy, self._limits)
-        return account
+        if key not in self._accounts:
+            self._accounts[key] = Account(name, self._policy, self._limits)
+        return self._accounts[key]
 
     def _read(self) -> int:
         """Take a few tasks out of the store, of each batch in its turn; gives how many."""
