@@ -116,13 +116,13 @@ class Provider:
 
     def __init__(self, policy: CallPolicy) -> None:
         self._policy = policy
-        self._sockets = _Sockets()
         self._session = requests.Session()
         self._session.headers["Content-Type"] = "application/json"
         self._environment = lru_cache(maxsize=64)(self._read_environment)
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self._adapter = _Adapter()
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, _Adapter(self._sockets))
+            self._session.mount(scheme, self._adapter)
 
     def call(self, method: str, url: str, api_key: Optional[str], body: str) -> Outcome:
         """Send a JSON body."""
@@ -141,7 +141,7 @@ class Provider:
 
     def interrupt(self) -> None:
         """End a call that is going on in another thread, and every later one."""
-        self._sockets.shut()
+        self._adapter.shut()
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -172,53 +172,15 @@ def _authorize(api_key: Optional[str], request: requests.PreparedRequest) -> req
     return request
 
 
-class _Sockets:
-    """The sockets of one thread's connections: shutting one is the only way to end a read from another thread."""
+class _Adapter(HTTPAdapter):
+    """Notes the sockets of its connections: shutting one is the only way to end a read from another thread."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._is_open = True
-
-    def add(self, opened: Any) -> None:
-        while not isinstance(opened, socket.socket):  # urllib3's TLS within TLS, to a proxy
-            opened = opened.socket
-        with self._lock:
-            self._sockets.add(opened)
-        if not self._is_open:
-            self.shut()
-
-    def shut(self) -> None:
-        with self._lock:
-            self._is_open = False
-            for opened in self._sockets:
-                with contextlib.suppress(OSError):  # gone already
-                    socket.socket.shutdown(opened, socket.SHUT_RDWR)  # not TLS's own, which is for its one thread
-
-
-class _Watched:
-    """Mixed into a connection class of urllib3: notes each socket that is opened."""
-
-    sockets: _Sockets
-    sock: socket.socket
-
-    def connect(self) -> None:
-        super().connect()  # type: ignore[misc]
-        self.sockets.add(self.sock)
-
-
-class _Adapter(HTTPAdapter):
-    """Makes connections that note their sockets."""
-
-    def __init__(self, sockets: _Sockets) -> None:
-        self._pools = {
-            "http": _watched(HTTPConnectionPool, sockets),
-            "https": _watched(HTTPSConnectionPool, sockets),
-        }
-        super().__init__()
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
+        self._pools = {"http": self._noting(HTTPConnectionPool), "https": self._noting(HTTPSConnectionPool)}
         self.poolmanager.pool_classes_by_scheme = self._pools
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
@@ -226,10 +188,31 @@ class _Adapter(HTTPAdapter):
         manager.pool_classes_by_scheme = self._pools
         return manager
 
+    def shut(self) -> None:
+        """Shut every socket, those of later connections too."""
+        with self._lock:
+            self._is_open = False
+            for opened in self._sockets:
+                with contextlib.suppress(OSError):  # gone already
+                    socket.socket.shutdown(opened, socket.SHUT_RDWR)  # not TLS's own, which is for its one thread
 
-def _watched(pool: Any, sockets: _Sockets) -> Any:
-    connection = type("Connection", (_Watched, pool.ConnectionCls), {"sockets": sockets})
-    return type("Pool", (pool,), {"ConnectionCls": connection})
+    def _noting(self, pool: Any) -> Any:
+        """A class of urllib3's pools, with connections that note their sockets."""
+
+        def connect(connection: Any) -> None:
+            pool.ConnectionCls.connect(connection)
+            self._note(connection.sock)
+
+        noting = type("Connection", (pool.ConnectionCls,), {"connect": connect})
+        return type("Pool", (pool,), {"ConnectionCls": noting})
+
+    def _note(self, opened: Any) -> None:
+        while not isinstance(opened, socket.socket):  # urllib3's TLS within TLS, to a proxy
+            opened = opened.socket
+        with self._lock:
+            self._sockets.add(opened)
+        if not self._is_open:
+            self.shut()
 
 
 def _is_loopback(host: str) -> bool:
