@@ -5,9 +5,8 @@ import hmac
 import json
 import re
 import sqlite3
-from collections import defaultdict
 from itertools import chain, islice
-from typing import Any, Callable, DefaultDict, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -98,7 +97,7 @@ class API:
 
     def _health(self, request: Request) -> Response:
         unstored = self._workers.unstored()
-        counters = self._counters(self._store.totals(), len(self._workers.processing()))
+        counters = self._counters(self._store.totals(), sum(map(len, self._workers.processing().values())))
         health = {
             "status": "unhealthy" if unstored else "healthy",
             "services": {
@@ -138,13 +137,13 @@ class API:
         return json_response({"batch_id": stored.batch_id, "total_tasks": stored.tasks})
 
     def _get_batches(self, request: Request) -> Response:
-        processing = self._processing()
+        processing = self._workers.processing()
         batches = [self._batch(row, processing[row["number"]]) for row in self._store.batches()]
         return json_response({"total": len(batches), "batches": batches})
 
     def _get_batch(self, request: Request, batch_id: str) -> Response:
         row = self._store.batch(batch_id)
-        return json_response(self._batch(row, self._processing()[row["number"]]) if row else None)
+        return json_response(self._batch(row, self._workers.processing()[row["number"]]) if row else None)
 
     def _delete_batch(self, request: Request, batch_id: str) -> Response:
         task_ids = self._store.delete_batch(batch_id).result()
@@ -170,7 +169,8 @@ class API:
         row = self._store.task(message_id)
         if row is None:
             return json_response(None)
-        return Response(200, self._task(row, self._workers.processing(), "null").encode("ascii"))
+        processing = self._workers.processing()[batch_number(row["id"])]
+        return Response(200, self._task(row, processing, "null").encode("ascii"))
 
     def _delete_task(self, request: Request, message_id: str) -> Response:
         task_id = self._store.delete_task(message_id).result()
@@ -183,7 +183,7 @@ class API:
 
     def _get_task_stats(self, request: Request) -> Response:
         totals = self._store.totals()
-        counters = self._counters(totals, len(self._workers.processing()))
+        counters = self._counters(totals, sum(map(len, self._workers.processing().values())))
         tokens = {name: counters[name] + totals[f"cached_{name}"] for name in counters if name.endswith("_tokens")}
         return json_response({**counters, **tokens})
 
@@ -195,7 +195,7 @@ class API:
             raise HTTPError(400, f"Invalid time_range parameter: {exc}") from None
         row = self._store.batch(batch_id)
         minutes = [dict(minute) for minute in self._store.usage_by_minute(row["number"], since)] if row else []
-        processing = self._processing()[row["number"]] if row else {}
+        processing = self._workers.processing()[row["number"]] if row else {}
         running = {"processing_tasks": 1, "total_tasks": 1}
         minutes += [{"minute": started // MINUTE, **running} for started in processing.values()]
         statistics = {
@@ -208,13 +208,6 @@ class API:
         return json_response(statistics)
 
     # From rows to what the API calls them.
-
-    def _processing(self) -> DefaultDict[int, Dict[int, int]]:
-        """By the number of its batch, since when each task is being worked on."""
-        processing: DefaultDict[int, Dict[int, int]] = defaultdict(dict)
-        for task, since in self._workers.processing().items():
-            processing[batch_number(task)][task] = since
-        return processing
 
     def _counters(self, row: sqlite3.Row, processing: int) -> Dict[str, int]:
         """The counters of a batch, or of all; they add up, though the tasks that run are counted a moment later."""
@@ -244,7 +237,7 @@ class API:
         row = self._store.batch(batch_id)
         if row is None:
             return 0, iter(())
-        processing = self._processing()[row["number"]]
+        processing = self._workers.processing()[row["number"]]
         counters = self._counters(row, len(processing))
         total = counters[f"{status.lower() if status else 'total'}_tasks"]
         if status == "COMPLETED":

@@ -12,10 +12,10 @@ import logging
 import sqlite3
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Deque, Dict, List, Optional, Tuple
+from typing import Any, DefaultDict, Deque, Dict, List, Optional, Tuple
 from typing import Counter as CounterType
 from urllib.parse import urlsplit
 
@@ -121,11 +121,14 @@ class Workers:
                 self._let_go(task)
             self._changed.notify()
 
-    def processing(self) -> Dict[int, int]:
-        """Since when (`store.now`) each task is being worked on, of those whose progress is tracked."""
+    def processing(self) -> DefaultDict[int, Dict[int, int]]:
+        """By batch, since when (`store.now`) each task is being worked on, of those whose progress is tracked."""
+        processing: DefaultDict[int, Dict[int, int]] = defaultdict(dict)
         with self._changed:
-            out = self._out.values()
-            return {task.id: task.started_at for task in out if task.track_progress and task.started_at is not None}
+            for task in self._out.values():
+                if task.track_progress and task.started_at is not None:
+                    processing[batch_number(task.id)][task.id] = task.started_at
+        return processing
 
     def trouble(self) -> Optional[str]:
         """What holds things up: accounts that take no calls, calls that failed, and why; None where all is well."""
