@@ -14,7 +14,7 @@ from collections import deque
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional, Union
 
 from ..exceptions import ConfigurationError
 
@@ -150,24 +150,16 @@ class Database:
     def _write_groups(self) -> None:
         is_open = True
         while is_open:
-            group, is_open = self._next_group()
-            if group:
-                self._write_group(group)
+            group: List[Optional[_Write]] = []
+            with suppress(queue.Empty):
+                group.append(self._writes.get(timeout=None if self._wiped.is_set() else _WIPE_RETRY))
+                while len(group) < _MAX_GROUP:
+                    group.append(self._writes.get_nowait())
+            is_open = None not in group  # which is the last that comes
+            writes = [write for write in group if write is not None]
+            if writes:
+                self._write_group(writes)
             self._wipe_if_wanted()
-
-    def _next_group(self) -> Tuple[List[_Write], bool]:
-        """What there is to write, and whether there can be more; waits for something."""
-        group: List[_Write] = []
-        try:
-            write = self._writes.get(timeout=None if self._wiped.is_set() else _WIPE_RETRY)
-            while write is not None:
-                group.append(write)
-                if len(group) == _MAX_GROUP:
-                    return group, True
-                write = self._writes.get_nowait()
-        except queue.Empty:
-            return group, True
-        return group, False
 
     def _write_group(self, group: List[_Write]) -> None:
         try:
