@@ -78,9 +78,6 @@ class Request:
         self.body: Callable[[], bytes] = body
 
 
-Respond = Callable[[Request], Response]
-
-
 class _Incoming(io.RawIOBase):
     """What a client sends, under one deadline for all reads together."""
 
@@ -246,7 +243,7 @@ class WebServer:
         self,
         host: str,
         port: int,
-        respond: Respond,
+        respond: Callable[[Request], Response],
         error_body: Callable[[HTTPError], Any] = lambda error: {"detail": error.detail},
     ) -> None:
         self.respond = respond
