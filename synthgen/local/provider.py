@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
+from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from .._completions import at, is_usable, usage
@@ -31,15 +32,6 @@ from .store import Result
 
 _MAX_ANSWER_BYTES = 64 << 20
 _MAX_ERROR_CHARACTERS = 8 << 10
-#: Failures that may not come again.
-_PASSING = (
-    requests.ConnectionError,
-    requests.exceptions.ChunkedEncodingError,
-    requests.exceptions.ContentDecodingError,
-)
-
-#: Statuses below 500 after which a call may work later.
-_TRY_AGAIN = (408, 409, 425)
 _NO_ACCOUNT = re.compile(
     "insufficient[_ ](quota|balance|credits?|funds)|billing_(hard_limit_reached|not_active)|credit balance is too low",
     re.IGNORECASE,
@@ -105,10 +97,6 @@ class Outcome(NamedTuple):
     told: Tuple[Told, ...] = ()
     #: In milliseconds.
     duration: int = 0
-
-
-class _TooLarge(requests.RequestException):
-    """More than is taken."""
 
 
 class Provider:
@@ -230,9 +218,9 @@ def _read(response: requests.Response, deadline: float) -> bytes:
         parts.append(part)
         size += len(part)
         if size > _MAX_ANSWER_BYTES:
-            raise _TooLarge(f"the answer is larger than {_MAX_ANSWER_BYTES >> 20} MiB")
+            raise requests.RequestException(f"the answer is larger than {_MAX_ANSWER_BYTES >> 20} MiB")
         if time.monotonic() > deadline:
-            raise requests.exceptions.ReadTimeout
+            raise requests.ReadTimeout
     return b"".join(parts)
 
 
@@ -245,7 +233,7 @@ def _no_answer(exc: requests.RequestException, api_key: Optional[str]) -> Outcom
         return Outcome(Kind.FAILED, "Connection error: no connection in time", is_reached=False)
     if isinstance(exc, requests.Timeout) or isinstance(cause, socket.timeout):
         return Outcome(Kind.FAILED, "Time-out: no whole answer in time")
-    if isinstance(exc, _PASSING):
+    if isinstance(exc, (requests.ConnectionError, ChunkedEncodingError, ContentDecodingError)):  # may not come again
         reason = exc.args[0] if exc.args else None
         return Outcome(Kind.FAILED, f"Connection error: {cause}", is_reached=not never_sent(reason))
     return Outcome(Kind.ANSWERED, f"Request error: {_shortened(str(exc), api_key)}")  # a bad URL, say
@@ -285,7 +273,8 @@ def _error(status: int, error: str, headers: Mapping[str, str]) -> Outcome:
     elif status == 429 or (status in (503, 529) and retry_after):
         kind = Kind.REFUSED
     else:
-        kind = Kind.FAILED if status >= 500 or status in _TRY_AGAIN else Kind.ANSWERED
+        may_work_later = status >= 500 or status in (408, 409, 425)
+        kind = Kind.FAILED if may_work_later else Kind.ANSWERED
     return Outcome(kind, error, retry_after=retry_after)
 
 
