@@ -18,6 +18,7 @@ from .webserver import HTTPError, Request, Response, json_response
 from .worker import Workers
 
 _OPEN_PATHS = ("/", "/health")
+_WELCOME = {"message": "Welcome to Synthetic Data Generator API", "docs_url": "/docs", "redoc_url": "/redoc"}
 #: No page goes beyond the task of this number, as in the framework.
 _MAX_PAGED_TASKS = 10_000
 
@@ -43,9 +44,9 @@ class API:
         self._api_key = api_key.encode("latin-1")
         batch, task = "/api/v1/batches/([^/]+)", "/api/v1/tasks/([^/]+)"
         routes: Dict[str, Dict[str, Callable[..., Response]]] = {
-            "/": {"GET": self._root},
+            "/": {"GET": lambda request: json_response(_WELCOME)},
             "/health": {"GET": self._health},
-            "/token": {"GET": self._token},
+            "/token": {"GET": lambda request: json_response({"isValid": True})},
             "/api/v1/batches": {"POST": self._post_batch, "GET": self._get_batches},
             batch: {"GET": self._get_batch, "DELETE": self._delete_batch},
             batch + "/tasks": {"GET": self._get_page},
@@ -88,13 +89,6 @@ class API:
         if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self._api_key):
             raise HTTPError(401, "Invalid authentication credentials", {"WWW-Authenticate": "Bearer"})
 
-    # The server.
-
-    def _root(self, request: Request) -> Response:
-        return json_response(
-            {"message": "Welcome to Synthetic Data Generator API", "docs_url": "/docs", "redoc_url": "/redoc"}
-        )
-
     def _health(self, request: Request) -> Response:
         unstored = self._workers.unstored()
         counters = self._counters(self._store.totals(), sum(map(len, self._workers.processing().values())))
@@ -113,9 +107,6 @@ class API:
             "error": f"{unstored} results can't be stored: is the disk full?" if unstored else self._workers.trouble(),
         }
         return json_response({"detail": health}, 503) if unstored else json_response(health)
-
-    def _token(self, request: Request) -> Response:
-        return json_response({"isValid": True})
 
     # Batches.
 
