@@ -90,8 +90,8 @@ class API:
             raise HTTPError(401, "Invalid authentication credentials", {"WWW-Authenticate": "Bearer"})
 
     def _health(self, request: Request) -> Response:
-        unstored = self._workers.unstored()
         counters = self._counters(self._store.totals(), sum(map(len, self._workers.processing().values())))
+        unstored, trouble, budget = self._workers.health(counters["pending_tasks"])
         health = {
             "status": "unhealthy" if unstored else "healthy",
             "services": {
@@ -103,8 +103,8 @@ class API:
                 "batch_queue_consumers": 1,
                 "batch_queue_messages": 0,
             },
-            "budget": self._workers.budget(counters["pending_tasks"]),
-            "error": f"{unstored} results can't be stored: is the disk full?" if unstored else self._workers.trouble(),
+            "budget": budget,
+            "error": f"{unstored} results can't be stored: is the disk full?" if unstored else trouble,
         }
         return json_response({"detail": health}, 503) if unstored else json_response(health)
 

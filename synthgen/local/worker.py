@@ -130,29 +130,25 @@ class Workers:
                     processing[batch_number(task.id)][task.id] = task.started_at
         return processing
 
-    def trouble(self) -> Optional[str]:
-        """What holds things up: accounts that take no calls, calls that failed, and why; None where all is well."""
+    def health(self, unfinished: int) -> Tuple[int, Optional[str], Optional[Dict[str, Any]]]:
+        """How many results could not be stored yet; what holds things up, and the budget, or None.
+
+        A budget is what was spent, the cap, and how many of the unfinished tasks wait for a higher one.
+        """
         with self._changed:
             moment = time.monotonic()
             troubles = [account.trouble(moment) for account in self._accounts.values()]
             repeating = sum(task.is_repeating for task in self._out.values())
             if repeating:
-                troubles.append(
-                    f"calls that failed and will be made again: {repeating:,}; the last: {self._last_error}"
-                )
-            if self._is_out_of_money():
+                count = f"calls that failed and will be made again: {repeating:,}"
+                troubles.append(f"{count}; the last: {self._last_error}")
+            is_idle = not (self._budget.running or self._queued or self._waiting)
+            is_out_of_money = is_idle and any(task.id in self._out for task in self._unaffordable)
+            if is_out_of_money:
                 troubles.append(f"the budget of {self._budget.cap:g} is used up, {self._budget.spent:.6g} were spent")
-            return "; ".join(filter(None, troubles)) or None
-
-    def budget(self, unfinished: int) -> Optional[Dict[str, Any]]:
-        """For ``/health``: what was spent, the cap, and how many of the unfinished tasks wait for a higher one."""
-        with self._changed:
-            return self._budget.as_json(unfinished if self._is_out_of_money() else 0)
-
-    def unstored(self) -> int:
-        """How many results could not be stored yet."""
-        with self._changed:
-            return sum(task.is_unstored for task in self._out.values())
+            budget = self._budget.as_json(unfinished if is_out_of_money else 0)
+            unstored = sum(task.is_unstored for task in self._out.values())
+            return unstored, "; ".join(filter(None, troubles)) or None, budget
 
     # The threads.
 
@@ -295,11 +291,6 @@ class Workers:
             self._queue(task)
         else:
             self._postpone(task, self._policy.pause(task.tries, outcome.retry_after))
-
-    def _is_out_of_money(self) -> bool:
-        """Whether nothing runs, or will, before the cap is higher."""
-        is_waiting = any(task.id in self._out for task in self._unaffordable)
-        return is_waiting and not (self._budget.running or self._queued or self._waiting)
 
     def _account(self, url: str, api_key: Optional[str]) -> Account:
         """The account that a call belongs to."""
