@@ -58,7 +58,7 @@ class Database:
             try:
                 self._lock(opened)
                 _create(self._path)
-                self._connection = opened.enter_context(closing(self._connect(timeout=0.2)))
+                self._connection = opened.enter_context(closing(_connect(self._path, timeout=0.2)))
                 self._prepare(schema, application_id, version, "OFF" if is_temporary else "FULL")
                 self._connection.execute(addition)
             except (OSError, sqlite3.Error) as exc:
@@ -82,7 +82,7 @@ class Database:
         try:
             connection = self._readers.pop()
         except IndexError:
-            connection = self._connect(timeout=5.0)
+            connection = _connect(self._path, timeout=5.0)
         try:
             yield connection
         finally:
@@ -108,29 +108,21 @@ class Database:
         """Keep the file from other servers, until closed or killed: each would run the tasks of the other."""
         path = self._path + "-lock"
         _create(path)
-        lock = opened.enter_context(closing(sqlite3.connect(path, timeout=0, check_same_thread=False)))
-        lock.isolation_level = None
+        lock = opened.enter_context(closing(_connect(path, timeout=0)))
         try:
             lock.execute("PRAGMA journal_mode = OFF")
             lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError:
-            raise ConfigurationError(f"can't use the database {self._path}: another server has it open") from None
+            raise sqlite3.OperationalError("another server has it open") from None
         opened.callback(_remove, path)  # before it is unlocked
-
-    def _connect(self, timeout: float) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=timeout, isolation_level=None, check_same_thread=False)
-        connection.row_factory = sqlite3.Row
-        return connection
 
     def _prepare(self, schema: str, application_id: int, version: int, synchronous: str) -> None:
         is_new = self._connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
         found_version = self._pragma("user_version")
         if not is_new and self._pragma("application_id") != application_id:
-            raise ConfigurationError(f"can't use the database {self._path}: it belongs to another program")
+            raise sqlite3.DatabaseError("it belongs to another program")
         if not is_new and found_version != version:
-            raise ConfigurationError(
-                f"can't use the database {self._path}: its format is {found_version}, this version reads {version}"
-            )
+            raise sqlite3.DatabaseError(f"its format is {found_version}, this version reads {version}")
         self._pragma("journal_mode = WAL")
         for suffix in ("", "-wal", "-shm"):  # of a file that others could read; not before it is known to be ours
             with suppress(FileNotFoundError):
@@ -187,6 +179,12 @@ class Database:
                 return
             if not is_busy:
                 self._wiped.set()
+
+
+def _connect(path: str, timeout: float) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    return connection
 
 
 def _create(path: str) -> None:
