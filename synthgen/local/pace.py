@@ -80,11 +80,10 @@ class _Turns:
         return next(iter(self._batches.values()))[0] if self._batches else None
 
     def pop(self) -> None:
-        batch, tasks = next(iter(self._batches.items()))
+        batch, tasks = self._batches.popitem(last=False)
         tasks.popleft()
-        self._batches.move_to_end(batch)
-        if not tasks:
-            del self._batches[batch]
+        if tasks:
+            self._batches[batch] = tasks
 
 
 class _Window:

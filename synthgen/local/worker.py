@@ -177,7 +177,7 @@ class Workers:
 
     def _store_result(self, task: _Task) -> None:
         assert task.result is not None
-        key = task.key if task.is_usable and not task.result.cached else None
+        key = task.key if task.is_usable else None  # not of what the cache gave
         moment = now()
         stored = self._store.finish(task.id, task.result, task.started_at or moment, moment, key)
         stored.add_done_callback(partial(self._stored, task))
