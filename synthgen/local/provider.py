@@ -15,7 +15,7 @@ import weakref
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
-from functools import lru_cache, partial
+from functools import lru_cache
 from http.client import responses
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Iterator, Mapping, NamedTuple, Optional, Tuple
@@ -136,12 +136,13 @@ class Provider:
         self._session.close()
 
     def _send(self, method: str, url: str, api_key: Optional[str], body: str) -> requests.Response:
+        authorization = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         request = requests.Request(
             method,
             url,
-            headers=self._session.headers,
+            headers={**self._session.headers, **authorization},
             data=io.BytesIO(body.encode("ascii")),  # sent piece by piece, not all within the connect time-out
-            auth=partial(_authorize, api_key),
+            auth=lambda prepared: prepared,  # so that neither the URL nor `~/.netrc` sets another
         ).prepare()
         timeout = (self._policy.connect_timeout, self._policy.read_timeout)
         return self._session.send(request, timeout=timeout, allow_redirects=False, **self._environment(url))
@@ -151,13 +152,6 @@ class Provider:
         host = urlsplit(url).hostname or ""
         proxies = {"no_proxy": host} if _is_loopback(host) else {}
         return self._session.merge_environment_settings(url, proxies, stream=True, verify=None, cert=None)
-
-
-def _authorize(api_key: Optional[str], request: requests.PreparedRequest) -> requests.PreparedRequest:
-    """Send the key, or none; being there, it keeps `~/.netrc` out."""
-    if api_key:
-        request.headers["Authorization"] = f"Bearer {api_key}"
-    return request
 
 
 class _Adapter(HTTPAdapter):
