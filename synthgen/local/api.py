@@ -259,9 +259,8 @@ class API:
             "result": {},
         }
         completions = no_completions if is_pending and not running_since else row["completions"]
-        return (
-            f'{json.dumps(task)[:-1]}, "source": {row["source"]}, "body": {row["body"]}, "completions": {completions}}}'
-        )
+        stored = f'"source": {row["source"]}, "body": {row["body"]}, "completions": {completions}'
+        return f"{json.dumps(task)[:-1]}, {stored}}}"
 
 
 def _listing(tasks: Iterable[str], **numbers: int) -> bytes:

@@ -213,15 +213,12 @@ class Store:
 
         def operation(connection: sqlite3.Connection) -> None:
             status = "COMPLETED" if result.completed else "FAILED"
-            connection.execute(
-                """
-                UPDATE tasks SET status = ?, started_at = ?, completed_at = ?, cache_key = ?,
-                    completions = ?, duration = ?, prompt_tokens = ?, completion_tokens = ?, total_tokens = ?,
-                    cached = ?
+            query = """
+                UPDATE tasks SET status = ?, started_at = ?, completed_at = ?, cache_key = ?, completions = ?,
+                    duration = ?, prompt_tokens = ?, completion_tokens = ?, total_tokens = ?, cached = ?
                 WHERE id = ? AND status = 'PENDING'
-                """,
-                (status, started_at, completed_at, cache_key, *result[1:], task_id),
-            )
+            """
+            connection.execute(query, (status, started_at, completed_at, cache_key, *result[1:], task_id))
             query = "SELECT 1 FROM batches WHERE number = ? AND total > completed + failed + cached"
             if not connection.execute(query, (batch_number(task_id),)).fetchone():
                 self._database.wipe()  # the batch has ended: its provider keys
@@ -385,16 +382,10 @@ def _insert_tasks(connection: sqlite3.Connection, batch_id: str, rows: Sequence[
         insert = "INSERT INTO provider_keys (api_key) VALUES (?)"
         keys[api_key] = key = connection.execute(insert, (api_key.encode("utf-8"),)).lastrowid
         connection.execute("INSERT INTO provider_key_uses VALUES (?, ?)", (key, count))
-    connection.executemany(
-        """
-        INSERT INTO tasks (id, created_at, custom_id, method, url, key, body, dataset, source,
-                           use_cache, track_progress)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-        """,
-        ((task_id, created, *row[:3], keys[row[3]], *row[4:]) for task_id, row in enumerate(rows, first)),
-    )
-    connection.execute(
-        "UPDATE batches SET last_task = last_task + ?, total = total + ? WHERE number = ?",
-        (len(rows), len(rows), batch),
-    )
+    columns = "id, created_at, custom_id, method, url, key, body, dataset, source, use_cache, track_progress"
+    query = f"INSERT INTO tasks ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    tasks = ((task_id, created, *row[:3], keys[row[3]], *row[4:]) for task_id, row in enumerate(rows, first))
+    connection.executemany(query, tasks)
+    query = "UPDATE batches SET last_task = last_task + ?, total = total + ? WHERE number = ?"
+    connection.execute(query, (len(rows), len(rows), batch))
     return first
