@@ -300,14 +300,13 @@ class Store:
         """
         while True:
             page, size = [], 0
-            with self._database.reading() as connection, closing(
-                connection.execute(query, (batch, first, end, status, _PAGE))
-            ) as rows:
-                for row in rows:
-                    page.append(row)
-                    size += len(row["body"]) + len(row["completions"])
-                    if size >= _PAGE_CHARACTERS:
-                        break
+            with self._database.reading() as connection:
+                with closing(connection.execute(query, (batch, first, end, status, _PAGE))) as rows:
+                    for row in rows:
+                        page.append(row)
+                        size += len(row["body"]) + len(row["completions"])
+                        if size >= _PAGE_CHARACTERS:
+                            break
             if not page:
                 return
             yield page
