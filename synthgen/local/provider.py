@@ -136,14 +136,12 @@ class Provider:
         self._session.close()
 
     def _send(self, method: str, url: str, api_key: Optional[str], body: str) -> requests.Response:
-        authorization = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        request = requests.Request(
-            method,
-            url,
-            headers={**self._session.headers, **authorization},
-            data=io.BytesIO(body.encode("ascii")),  # sent piece by piece, not all within the connect time-out
-            auth=lambda prepared: prepared,  # so that neither the URL nor `~/.netrc` sets another
-        ).prepare()
+        headers = dict(self._session.headers)
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        data = io.BytesIO(body.encode("ascii"))  # sent piece by piece, not all within the connect time-out
+        # With an `auth` of ours, neither the URL nor `~/.netrc` puts another in.
+        request = requests.Request(method, url, headers=headers, data=data, auth=lambda request: request).prepare()
         timeout = (self._policy.connect_timeout, self._policy.read_timeout)
         return self._session.send(request, timeout=timeout, allow_redirects=False, **self._environment(url))
 
