@@ -103,18 +103,14 @@ def _respond(request: Request) -> Response:
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         raise HTTPError(400, "the body must be JSON with 'messages', a list with one of the role 'user'") from None
     answer = solve(prompt) or _HELP
-    prompt_tokens, completion_tokens = sum(_tokens(text) for _, text in messages), _tokens(answer)
+    tokens_in, tokens_out = sum(_tokens(text) for _, text in messages), _tokens(answer)
     completion = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": asked.get("model"),
         "choices": [{"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
+        "usage": {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "total_tokens": tokens_in + tokens_out},
     }
     return json_response(completion)
 
