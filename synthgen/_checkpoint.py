@@ -12,7 +12,7 @@ import json
 import os
 from contextlib import suppress
 from hashlib import blake2b
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Set, Union
+from typing import Any, Dict, Iterable, List, Optional, Set, Union
 
 from ._chunks import Chunks
 from ._files import hold
@@ -20,14 +20,6 @@ from .exceptions import CheckpointError
 from .models import Task
 
 _FORMAT = "synthgen checkpoint 1"
-
-
-class Sent(NamedTuple):
-    """A chunk: what names it to a server that deduplicates, and what became of it in an earlier run."""
-
-    key: str
-    in_doubt: bool = False
-    was_taken: bool = False
 
 
 class Checkpoint:
@@ -43,6 +35,7 @@ class Checkpoint:
         batch_id: The batch.
         chunk_size: The most tasks in an upload.
         counts: How many tasks each chunk of an earlier run has.
+        taken: Which of those chunks it got into the batch.
 
     Raises:
         CheckpointError: The file is something else, of another server, or in use.
@@ -51,8 +44,8 @@ class Checkpoint:
     batch_id: str
     chunk_size: int
     counts: List[int]
+    taken: Set[int]
     _chunks: List[Dict[str, Any]]
-    _taken: Set[int]
     _end: Optional[int]
 
     def __init__(self, path: Union[str, "os.PathLike[str]"], server: str, batch_id: str, chunk_size: int) -> None:
@@ -77,11 +70,6 @@ class Checkpoint:
         """Let go of the file, which stays."""
         self._file.close()
 
-    @property
-    def has_taken(self) -> bool:
-        """Whether an earlier run got any tasks into the batch."""
-        return bool(self._taken)
-
     def check(self, tasks: Iterable[Task]) -> None:
         """Raise a CheckpointError if these are other tasks than an earlier run noted; nothing is noted."""
         index = -1
@@ -91,19 +79,18 @@ class Checkpoint:
             self.begin(index, chunk, lines, "")
         self.end(index + 1, 0)
 
-    def begin(self, index: int, tasks: List[Task], lines: bytes, key: str) -> Sent:
-        """Note that a chunk is about to be sent; or say what an earlier run noted of it."""
+    def begin(self, index: int, tasks: List[Task], lines: bytes, key: str) -> Optional[str]:
+        """Note that a chunk is about to be sent under a key; or give the key that an earlier run noted."""
         digest = _digest(tasks, lines)
         if index < len(self._chunks):
             known = self._chunks[index]
             if (known["tasks"], known["digest"]) != (len(tasks), digest):
                 raise self._other_tasks(index)
-            was_taken = index in self._taken
-            return Sent(known["key"], not was_taken, was_taken)
+            return str(known["key"])
         if self._end is not None:
             raise self._other_tasks(index)
         self._write({"tasks": len(tasks), "digest": digest, "key": key})
-        return Sent(key)
+        return None
 
     def take(self, index: int) -> None:
         """Note that a chunk was taken."""
@@ -154,7 +141,7 @@ class Checkpoint:
             self.batch_id = header["batch_id"]
             self.chunk_size = header["chunk_size"]
             self._chunks = [line for line in rest if "key" in line]
-            self._taken = {line["taken"] for line in rest if "taken" in line}
+            self.taken = {line["taken"] for line in rest if "taken" in line}
             self._end = next((line["end"] for line in rest if "end" in line), None)
             self.counts = [chunk["tasks"] for chunk in self._chunks]
         except (KeyError, TypeError):

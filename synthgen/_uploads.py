@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import Callable, Iterable, List, Optional
 
-from ._checkpoint import Checkpoint, Sent
+from ._checkpoint import Checkpoint
 from ._chunks import Chunks, TaskSource, as_task
 from ._read_back import ReadBack
 from .exceptions import (
@@ -100,7 +100,7 @@ class Upload:
 
     def _look_at_batch(self) -> None:
         """Find out what is in a batch that is not new."""
-        if self.checkpoint and self.checkpoint.has_taken:
+        if self.checkpoint and self.checkpoint.taken:
             total = self.read_back.total()
             if not total and not self.deduplicates:  # what was taken a moment ago may be on its way
                 total = self.read_back.settled_total(0)
@@ -116,16 +116,19 @@ class Upload:
         self._unsent, self._in_doubt = chunk, False
         self.note(chunk)
         key = f"{self._first_key}-{index}" if index else self._first_key
-        known = self.checkpoint.begin(index, chunk, lines, key) if self.checkpoint else Sent(key)
-        self._chunk_key = known.key
-        if known.in_doubt and not self.deduplicates:
+        noted = self.checkpoint.begin(index, chunk, lines, key) if self.checkpoint else None
+        if self.checkpoint and index in self.checkpoint.taken:
+            self._uploaded, self._unsent = start + len(chunk), []
+            return
+        self._chunk_key = first_key = noted or key
+        if noted and not self.deduplicates:
             self._look_for(chunk, start)
-        while self._unsent and not known.was_taken:
+        while self._unsent:
             self.read_back.check_deadline()
             if len(self._unsent) < len(chunk):
                 lines = b"\n".join(task.to_line() for task in self._unsent)
             # Under a key of before, an earlier call may have sent what this one could not.
-            may_be_known = self._chunk_key == known.key and (known.in_doubt or self.key is not None)
+            may_be_known = self._chunk_key == first_key and bool(noted or self.key)
             self._in_doubt = True
             try:
                 taken_by = self.post(lines, self._chunk_key)
@@ -147,7 +150,7 @@ class Upload:
                     raise InvalidResponseError(f"the tasks for batch {self._batch_id!r} went to batch {taken_by!r}")
                 break
         self._uploaded, self._unsent = start + len(chunk), []
-        if self.checkpoint and not known.was_taken:
+        if self.checkpoint:
             self.checkpoint.take(index)
 
     def _look_for(self, chunk: List[Task], start: int) -> None:
