@@ -53,13 +53,16 @@ class Checkpoint:
         self._file = open(self._path, "a+b", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600))
         try:
             self._hold()
-            lines = self._read()
-            if not lines:
-                lines = [{"format": _FORMAT, "server": server, "batch_id": batch_id, "chunk_size": chunk_size}]
-                os.chmod(self._path, 0o600)  # an empty file may have been there
-                self._write(lines[0])
-                self._sync_folder()
-            self._parse(lines)
+            try:
+                lines = self._read()
+                if not lines:
+                    lines = [{"format": _FORMAT, "server": server, "batch_id": batch_id, "chunk_size": chunk_size}]
+                    os.chmod(self._path, 0o600)  # an empty file may have been there
+                    self._write(lines[0])
+                    self._sync_folder()
+                self._parse(lines)
+            except (KeyError, TypeError, ValueError):
+                raise self.error("it is no checkpoint, or one of another version") from None
             if self._server != server:
                 raise self.error(f"it is of a batch at {self._server}, not at {server}")
         except BaseException:
@@ -125,30 +128,21 @@ class Checkpoint:
         data = self._file.read()
         start = json.dumps({"format": _FORMAT})[:-1].encode("ascii")
         whole = data[: data.rfind(b"\n") + 1]
-        try:
-            if not (data.startswith(start) or start.startswith(data)):
-                raise ValueError
-            lines: List[Dict[str, Any]] = list(map(json.loads, whole.splitlines()))
-        except ValueError:
-            raise self._no_checkpoint() from None
+        if not (data.startswith(start) or start.startswith(data)):
+            raise ValueError("not what this writes")
+        lines: List[Dict[str, Any]] = list(map(json.loads, whole.splitlines()))
         self._file.truncate(len(whole))
         return lines
 
     def _parse(self, lines: List[Dict[str, Any]]) -> None:
         header, *rest = lines
-        try:
-            self._server: str = header["server"]
-            self.batch_id = header["batch_id"]
-            self.chunk_size = header["chunk_size"]
-            self._chunks = [line for line in rest if "key" in line]
-            self.taken = {line["taken"] for line in rest if "taken" in line}
-            self._end = next((line["end"] for line in rest if "end" in line), None)
-            self.counts = [chunk["tasks"] for chunk in self._chunks]
-        except (KeyError, TypeError):
-            raise self._no_checkpoint() from None
-
-    def _no_checkpoint(self) -> CheckpointError:
-        return self.error("it is no checkpoint, or one of another version")
+        self._server: str = header["server"]
+        self.batch_id = header["batch_id"]
+        self.chunk_size = header["chunk_size"]
+        self._chunks = [line for line in rest if "key" in line]
+        self.taken = {line["taken"] for line in rest if "taken" in line}
+        self._end = next((line["end"] for line in rest if "end" in line), None)
+        self.counts = [chunk["tasks"] for chunk in self._chunks]
 
     def _write(self, line: Dict[str, Any]) -> None:
         data = json.dumps(line).encode("ascii") + b"\n"
