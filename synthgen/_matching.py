@@ -7,7 +7,7 @@ custom_id, URL and method where the server gives them; alike in those too, they 
 import hashlib
 import json
 from collections import defaultdict
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 from pydantic_core import to_json
 
@@ -15,7 +15,6 @@ from .models import Task, TaskResponse, TaskStatus, as_json
 
 #: custom_id, URL, method.
 Name = Tuple[Optional[str], Optional[str], Optional[str]]
-_T = TypeVar("_T")
 UNFINISHED = (TaskStatus.PENDING, TaskStatus.PROCESSING)
 
 
@@ -69,29 +68,22 @@ def _match_any(
     look_up: Callable[[List[str]], Iterable[Optional[TaskResponse]]],
 ) -> List[Optional[TaskResponse]]:
     """The result of each task, whichever tasks are alike and in whatever order keys come back."""
-    alike: Dict[bytes, List[int]] = defaultdict(list)
-    for index, task in enumerate(tasks):
-        alike[task_digest(task)].append(index)
-    candidates: Dict[bytes, List[TaskResponse]] = defaultdict(list)
-    for result in results:
-        candidates[result_digest(result)].append(result)
+    wanted = [(task_digest(task), task_name(task)) for task in tasks]
+    came = [(result_digest(result), result) for result in results]
+    names: Dict[bytes, Set[Name]] = defaultdict(set)
+    for digest, name in wanted:
+        names[digest].add(name)
+    unnamed = [one.message_id for digest, one in came if len(names[digest]) > 1 and result_name(one) is None]
+    looked_up = {one.message_id: one for one in (look_up(unnamed) if unnamed else ()) if one}
 
-    names = list(map(task_name, tasks))
-    unnamed = [
-        result.message_id
-        for digest, indexes in alike.items()
-        if len({names[index] for index in indexes}) > 1
-        for result in candidates[digest]
-        if result_name(result) is None
-    ]
-    looked_up = {result.message_id: result for result in (look_up(unnamed) if unnamed else ()) if result}
-
-    matched: List[Optional[TaskResponse]] = [None] * len(tasks)
-    for digest, indexes in alike.items():
-        found = (looked_up.get(result.message_id, result) for result in candidates[digest])
-        named = ((result_name(result), result.ok, result) for result in found)
-        for index, one in zip(indexes, share_out([names[index] for index in indexes], named)):
-            matched[index] = one
+    found = [(digest, looked_up.get(one.message_id, one)) for digest, one in came]
+    left: Dict[Tuple[bytes, Optional[Name]], List[TaskResponse]] = defaultdict(list)
+    for digest, one in sorted(found, key=lambda item: item[1].ok):  # pop() takes from the end: one that completed
+        left[digest, result_name(one)].append(one)
+    matched: List[Optional[TaskResponse]] = []
+    for digest, name in wanted:
+        keys = (name, (name[0], None, None), None)  # the framework gives a custom_id alone, or none of them
+        matched.append(next((left[digest, key].pop() for key in keys if left.get((digest, key))), None))
     return matched
 
 
@@ -150,20 +142,3 @@ def _sorted(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _sorted(value[key]) for key in sorted(value)}
     return list(map(_sorted, value)) if isinstance(value, list) else value
-
-
-def share_out(names: Sequence[Name], results: Iterable[Tuple[Optional[Name], bool, _T]]) -> List[Optional[_T]]:
-    """One result for each name of tasks that are alike in all else; of several, one that completed.
-
-    Args:
-        names: The tasks'.
-        results: The name of each, if the server told it, and whether it completed.
-    """
-    by_name: Dict[Optional[Name], List[_T]] = defaultdict(list)
-    for name, _, result in sorted(results, key=lambda one: one[1]):  # pop() takes from the end
-        by_name[name].append(result)
-    shared: List[Optional[_T]] = []
-    for name in names:
-        keys = (name, (name[0], None, None), None)  # the framework gives a custom_id alone, or none of them
-        shared.append(next((by_name[key].pop() for key in keys if by_name[key]), None))
-    return shared

@@ -37,7 +37,7 @@ _UNNAMED = """
     SELECT id, message_id FROM results WHERE id > ? AND name IS NULL AND digest IN (SELECT digest FROM alike)
     ORDER BY id LIMIT 1000
 """
-#: What tasks and results that are left are matched by, besides their digests: as in `share_out`.
+#: What tasks and results that are left are matched by, besides their digests: as in `_match_any`.
 _NAMES = (("name", "name"), ("short_name", "name"), ("''", "COALESCE(name, '')"))
 _TASKS_LEFT = """
     SELECT digest, {0}, position FROM tasks WHERE position NOT IN (SELECT position FROM matched)
