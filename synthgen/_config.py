@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from typing import Any, Dict, NamedTuple, Optional, Union
+from typing import Any, Dict, Optional, Tuple, Union
 from urllib.parse import urlsplit
 
 from .exceptions import ConfigurationError
@@ -19,28 +19,20 @@ _FILE_KEYS = {
 }
 
 
-class Config(NamedTuple):
-    """Settings, checked."""
-
-    base_url: str
-    api_key: Optional[str]
-    timeout: float
-
-
 def read_config(
     base_url: Optional[str],
     api_key: Optional[str],
     timeout: Optional[float],
     config_file: Optional[Union[str, "os.PathLike[str]"]],
-) -> Config:
-    """The settings that hold; for a malformed one, a ``ConfigurationError`` that says where and what would be right."""
+) -> Tuple[str, Optional[str], float]:
+    """The base URL, the key and the time-out that hold; for a malformed one, an error that says what would be right."""
     file = {} if config_file is None else _read_file(os.fspath(config_file))
 
     def pick(name: str, argument: Any, default: Any = None) -> Any:
         places = (argument, os.environ.get(f"SYNTHGEN_{name.upper()}") or None, file.get(name))
         return next((value for value in places if value is not None), default)
 
-    return Config(
+    return (
         _checked_base_url(pick("base_url", base_url, _DEFAULT_BASE_URL)),
         _checked_api_key(pick("api_key", api_key)),
         _checked_timeout(pick("timeout", timeout, _DEFAULT_TIMEOUT)),
@@ -48,23 +40,22 @@ def read_config(
 
 
 def _read_file(path: str) -> Dict[str, Any]:
+    where = f"configuration file {path}"
     try:
         with open(path, encoding="utf-8-sig") as file:
             config = json.load(file)
     except OSError as exc:
-        raise ConfigurationError(f"configuration file {path}: {exc.strerror or exc}") from None
+        raise ConfigurationError(f"{where}: {exc.strerror or exc}") from None
     except (ValueError, RecursionError) as exc:  # not shown as the cause: it holds the whole file
-        raise ConfigurationError(f"configuration file {path} is not JSON: {exc}") from None
+        raise ConfigurationError(f"{where} is not JSON: {exc}") from None
     if not isinstance(config, dict):
-        raise ConfigurationError(f'configuration file {path} must hold an object such as {{"base_url": "..."}}')
+        raise ConfigurationError(f'{where} must hold an object such as {{"base_url": "..."}}')
     for key, value in config.items():
         if key not in _FILE_KEYS:
-            raise ConfigurationError(
-                f"configuration file {path}: unknown key {key!r}; known are {', '.join(_FILE_KEYS)}"
-            )
+            raise ConfigurationError(f"{where}: unknown key {key!r}; known are {', '.join(_FILE_KEYS)}")
         right = isinstance(value, (int, float) if key == "timeout" else str) and not isinstance(value, bool)
         if value is not None and not right:
-            raise ConfigurationError(f"configuration file {path}: {key} must be {_FILE_KEYS[key]}")
+            raise ConfigurationError(f"{where}: {key} must be {_FILE_KEYS[key]}")
     return config
 
 

@@ -170,10 +170,9 @@ class SynthgenClient:
         session: Optional[requests.Session] = None,
         idempotent_uploads: bool = False,
     ) -> None:
-        config = read_config(base_url, api_key, timeout, config_file)
-        self.base_url: str = config.base_url
-        self.timeout: float = config.timeout
-        self._api_key = config.api_key
+        self.base_url: str
+        self.timeout: float
+        self.base_url, self._api_key, self.timeout = read_config(base_url, api_key, timeout, config_file)
         self._idempotent_uploads = idempotent_uploads
         self._retries = retries
         self._backoff_factor = backoff_factor
