@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from itertools import count
@@ -310,7 +310,7 @@ class SynthgenClient:
         if todo is not None and not todo:
             return []
         results = ResultList(todo)
-        with _watching(choose_monitor() if monitor is None and show_progress else monitor) as told:
+        with _watching(monitor, show_progress) as told:
             batch = self._run(options, todo, results, told)
             found = list(results)
             told.results(found)
@@ -357,19 +357,19 @@ class SynthgenClient:
         call = "run_batch(tasks, path, "
         options = _Options(call, batch_id, prices, chunk_size, poll_interval, timeout, stall_timeout, checkpoint)
         tasks = _checked_tasks(tasks)
-        if not isinstance(path, (str, os.PathLike)):
+        output: ContextManager[BinaryIO]
+        if isinstance(path, (str, os.PathLike)):
+            if checkpoint is not None and os.path.realpath(path) == os.path.realpath(checkpoint):
+                raise ValueError(f"{os.fspath(path)} can't be the output and the checkpoint, too")
+            output = replacing(path)
+        else:
             try:
                 path.write(b"")
             except (AttributeError, TypeError, ValueError) as exc:
                 what = "that of a file, or a binary file that is open for writing"
                 raise TypeError(f"path must be {what}, not {path!r} ({exc})") from None
-        if checkpoint is not None and isinstance(path, (str, os.PathLike)):
-            if os.path.realpath(path) == os.path.realpath(checkpoint):
-                raise ValueError(f"{os.fspath(path)} can't be the output and the checkpoint, too")
-        with ExitStack() as opened:
-            told = opened.enter_context(_watching(choose_monitor() if monitor is None and show_progress else monitor))
-            file = opened.enter_context(replacing(path)) if isinstance(path, (str, os.PathLike)) else path
-            results = opened.enter_context(closing(ResultFile(beside=file)))
+            output = nullcontext(path)
+        with _watching(monitor, show_progress) as told, output as file, closing(ResultFile(beside=file)) as results:
             batch = self._run(options, tasks, results, told)
             with _naming_batch(batch.batch_id, options):
                 for some in in_pieces(results):
@@ -865,14 +865,11 @@ class SynthgenClient:
         return response
 
 
-@contextmanager
-def _watching(monitor: Optional[Monitor]) -> Iterator[Monitor]:
-    """The monitor, or a silent one; its own errors stop nothing, and it is closed at the end."""
-    guarded = GuardedMonitor(Monitor() if monitor is None else monitor)
-    try:
-        yield guarded
-    finally:
-        guarded.close()
+def _watching(monitor: Optional[Monitor], show_progress: bool = False) -> ContextManager[Monitor]:
+    """The monitor, or ours, which may be silent; its own errors stop nothing, and it is closed at the end."""
+    if monitor is None:
+        monitor = choose_monitor() if show_progress else Monitor()
+    return closing(GuardedMonitor(monitor))
 
 
 @contextmanager
