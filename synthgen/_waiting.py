@@ -22,7 +22,7 @@ from .exceptions import (
     RateLimitError,
     ServerError,
 )
-from .models import Batch, BatchCost, HealthResponse, HealthStatus
+from .models import Batch, HealthResponse, HealthStatus
 from .monitor import Monitor
 
 _FIRST_PAUSE = 0.1
@@ -34,6 +34,7 @@ SETTLED_AFTER = 6.0
 #: How long one poll waits for bytes; less before a deadline, but the last one, too, needs time for an answer.
 LONGEST_POLL = 30.0
 _SHORTEST_POLL = 1.0
+_NOT_SEEN = Batch(batch_id="", batch_status="")
 #: After these the server is away, and may be back at the next poll.
 AWAY_ERRORS = (ConnectionFailedError, InvalidResponseError, RateLimitError, ServerError)
 #: While all of these stay the same, nothing moves.
@@ -53,7 +54,7 @@ class BatchWait:
         monitor: Told of every poll.
         batch_id: The batch.
         submitted: How many tasks it will have; None takes the server's word, once that has settled.
-        cost_of: What a batch's tokens cost.
+        prices: Of a million input tokens, and of a million output tokens.
         poll_interval: The longest pause between two polls, in seconds.
         deadline: When to give up, by ``time.monotonic()``; None for never.
         stall_timeout: How long nothing may move before the reason is looked for, in seconds; None for ever.
@@ -66,7 +67,7 @@ class BatchWait:
     monitor: Monitor
     batch_id: str
     submitted: Optional[int]
-    cost_of: Callable[[Optional[Batch]], BatchCost]
+    prices: Tuple[float, float]
     poll_interval: float
     deadline: Optional[float]
     stall_timeout: Optional[float]
@@ -86,9 +87,18 @@ class BatchWait:
         self._asked_at = self._moved_at
 
     @property
+    def expected(self) -> int:
+        """How many tasks have to have an outcome."""
+        return self._seen.total_tasks if self.submitted is None else self.submitted
+
+    @property
     def waiting(self) -> int:
         """How many tasks have no outcome yet, by the server's count when the batch was last seen."""
-        return self.batch.pending_tasks + self.batch.processing_tasks if self.batch else 0
+        return self._seen.pending_tasks + self._seen.processing_tasks
+
+    @property
+    def _seen(self) -> Batch:
+        return self.batch or _NOT_SEEN
 
     def wait(self) -> Optional[HealthResponse]:
         """Block until every task has an outcome, or until none of those without one will get it.
@@ -147,8 +157,7 @@ class BatchWait:
         if counters != self._counters:
             self._counters = counters
             self._moved_at = self._quiet_since = self._not_before = now
-        total = self.batch.total_tasks if self.batch else 0
-        self.monitor.batch(self.batch, total if self.submitted is None else self.submitted, self.cost_of(self.batch))
+        self.monitor.batch(self.batch, self.expected, self._seen.cost(*self.prices))
 
     def _went_away(self, exc: APIError) -> None:
         if isinstance(exc, RateLimitError):
@@ -162,12 +171,7 @@ class BatchWait:
         if self._away_since is not None:
             return False
         if self.submitted is not None:
-            return (
-                batch is not None
-                and not batch.pending_tasks + batch.processing_tasks
-                and batch.finished_tasks >= self.submitted
-                and now >= self._not_before
-            )
+            return not self.waiting and self._seen.finished_tasks >= self.submitted and now >= self._not_before
         if (batch is not None and not batch.done) or now - max(self._moved_at, self._not_before) < SETTLED_AFTER:
             return False
         health = self._health()
@@ -189,16 +193,15 @@ class BatchWait:
         health = self._health()
         if health is None:
             return
-        waiting = self.waiting
-        if health.budget is not None and health.budget.waiting and waiting:
+        if health.budget is not None and health.budget.waiting and self.waiting:
             spent, cap = health.budget.spent, health.budget.cap
             raise BudgetExceededError(
-                f"batch {self.batch_id!r}: {spent:.6g} of {cap:.6g} are spent, and {waiting:,} tasks wait that may "
-                "cost more than is left: start the server on the same database with a higher max_cost to go on",
+                f"batch {self.batch_id!r}: {spent:.6g} of {cap:.6g} are spent, and {self.waiting:,} tasks wait that "
+                "may cost more than is left: start the server on the same database with a higher max_cost to go on",
                 batch_id=self.batch_id,
                 spent=spent,
                 cap=cap,
-                waiting=waiting,
+                waiting=self.waiting,
             )
         if health.error and health.error != self._trouble:
             self._trouble = health.error
@@ -206,21 +209,18 @@ class BatchWait:
 
     def _look_for_stall(self) -> Optional[HealthResponse]:
         now = time.monotonic()
-        if self.stall_timeout is None or self._away_since is not None:
-            return None
-        if now - self._quiet_since < self.stall_timeout:
+        if self.stall_timeout is None or self._away_since is not None or now - self._quiet_since < self.stall_timeout:
             return None
         health = self._health()
-        waiting = self.waiting
         if health is not None and knows_queues(health):
-            if not waiting and not health.services.batch_queue_messages:
+            if not self.waiting and not health.services.batch_queue_messages:
                 if self.submitted is None and self.batch is None:
                     raise self._unknown_batch()
                 return health
-            self._raise_if_unserved(health, waiting)
+            self._raise_if_unserved(health)
         self._quiet_since = now
-        finished = self.batch.finished_tasks if self.batch else 0
-        if health is not None and self.submitted is not None and waiting and finished >= self.submitted:
+        has_all = self.submitted is not None and self._seen.finished_tasks >= self.submitted
+        if health is not None and self.waiting and has_all:
             return health  # what waits may have been ingested twice, and run once: the results tell
         self.monitor.note(
             f"nothing has moved for {now - self._moved_at:.0f} s; {describe_queues(health)}. "
@@ -228,14 +228,12 @@ class BatchWait:
         )
         return None
 
-    def _raise_if_unserved(self, health: HealthResponse, waiting: int) -> None:
+    def _raise_if_unserved(self, health: HealthResponse) -> None:
         services = health.services
-        unserved = (waiting and services.task_queue_consumers == 0) or (
-            services.batch_queue_messages and services.batch_queue_consumers == 0
-        )
-        if unserved:
+        no_consumer = self.waiting and services.task_queue_consumers == 0
+        if no_consumer or (services.batch_queue_messages and services.batch_queue_consumers == 0):
             raise BatchStalledError(
-                f"batch {self.batch_id!r} stands still: {waiting:,} tasks wait; {describe_queues(health)}",
+                f"batch {self.batch_id!r} stands still: {self.waiting:,} tasks wait; {describe_queues(health)}",
                 batch_id=self.batch_id,
                 batch=self.batch,
                 health=health,
@@ -252,10 +250,10 @@ class BatchWait:
 
     def _pause(self, seconds: float) -> None:
         if not self._time_left():
-            finished = self.batch.finished_tasks if self.batch else 0
             of = f" of {self.submitted:,}" if self.submitted is not None else ""
+            finished = f"{self._seen.finished_tasks:,}{of}"
             raise BatchTimeoutError(
-                f"batch {self.batch_id!r}: {finished:,}{of} tasks finished when the time ran out. It goes on: "
+                f"batch {self.batch_id!r}: {finished} tasks finished when the time ran out. It goes on: "
                 f"come back with monitor_batch(batch_id={self.batch_id!r}), with tasks= for their order",
                 batch_id=self.batch_id,
                 batch=self.batch,

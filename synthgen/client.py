@@ -64,7 +64,6 @@ from .exceptions import (
 )
 from .models import (
     Batch,
-    BatchCost,
     BatchList,
     BulkTaskResponse,
     CalendarInterval,
@@ -589,7 +588,6 @@ class SynthgenClient:
     def _run(self, options: _Options, tasks: Optional[Iterable[Task]], results: _Results, monitor: Monitor) -> Batch:
         """Submit tasks, or note those of a batch that exists; wait, until each has a result; return the batch."""
         deadline = None if options.timeout is None else time.monotonic() + options.timeout
-        again = tasks if isinstance(tasks, TaskSource) else None
         batch_id = _new_batch_id(options.batch_id)
         to_submit = tasks if options.batch_id is None else None
         if to_submit is not None:
@@ -611,7 +609,7 @@ class SynthgenClient:
                 monitor,
                 batch_id=batch_id,
                 submitted=results.tasks,
-                cost_of=lambda batch: batch.cost(*options.prices) if batch else BatchCost(),
+                prices=options.prices,
                 poll_interval=options.poll_interval,
                 deadline=deadline,
                 stall_timeout=options.stall_timeout,
@@ -619,17 +617,11 @@ class SynthgenClient:
             with _naming_batch(batch_id, options):
                 if to_submit is None:
                     self._show_health(monitor, required=False)
-                return self._collect(wait, batch_id, again, results, monitor)
+                return self._collect(wait, tasks, results)
 
-    def _collect(
-        self,
-        wait: BatchWait,
-        batch_id: str,
-        tasks: Optional[Iterable[Task]],
-        results: _Results,
-        monitor: Monitor,
-    ) -> Batch:
+    def _collect(self, wait: BatchWait, tasks: Optional[Iterable[Task]], results: _Results) -> Batch:
         """Wait for the batch, download it, and match; as often as it takes."""
+        batch_id, monitor = wait.batch_id, wait.monitor
         while True:
             stuck = wait.wait()
             matched = surplus = 0
@@ -644,9 +636,7 @@ class SynthgenClient:
                     exc.args = (exc.message,)
                     raise
                 continue
-            expected = results.tasks
-            if expected is None:
-                expected = wait.batch.total_tasks if wait.batch else 0
+            expected = wait.expected
             if wait.batch is not None and matched >= expected:
                 if surplus:
                     monitor.note(
@@ -661,11 +651,12 @@ class SynthgenClient:
                 continue
             why = describe_queues(stuck) if stuck else "are these the tasks of that batch?"
             missing = set(results.missing())
+            again = tasks if isinstance(tasks, TaskSource) else ()  # others can't be read once more
             raise BatchIncompleteError(
                 f"batch {batch_id!r}: {lacking} never arrived; {why}{unmatched}",
                 batch_id=batch_id,
                 results=list(results),
-                missing=[task for index, task in enumerate(tasks or ()) if index in missing],
+                missing=[task for index, task in enumerate(again) if index in missing],
                 health=stuck,
             )
 
