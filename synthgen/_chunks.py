@@ -41,31 +41,29 @@ class Chunks:
     def __init__(self, tasks: Iterable[Task], size: int, counts: Iterable[int] = ()) -> None:
         self._tasks = iter(tasks)
         self._limits = chain(((count, math.inf) for count in counts), repeat((size, _MAX_BYTES)))
+        self._most, self._most_bytes = next(self._limits)
+        self._lines: List[bytes] = []
+        self._length = 0
         self._is_list = isinstance(tasks, (list, tuple))
         self.unsent: List[Task] = []
 
     def __iter__(self) -> Iterator[Tuple[List[Task], bytes]]:
-        lines: List[bytes] = []
-        length = 0
-        most, most_bytes = next(self._limits)
         for index, item in enumerate(self._tasks):
             self.unsent.append(item)
             self.unsent[-1] = task = as_task(item, index)
             line = task.to_line()
-            if lines and length + len(line) >= most_bytes:
-                yield self._cut(lines)
-                lines, length = [], 0
-                most, most_bytes = next(self._limits)
-            lines.append(line)
-            length += len(line) + 1
-            if len(lines) >= most:
-                yield self._cut(lines)
-                lines, length = [], 0
-                most, most_bytes = next(self._limits)
-        if lines:
-            yield self._cut(lines)
+            if self._lines and self._length + len(line) >= self._most_bytes:
+                yield self._cut()
+            self._lines.append(line)
+            self._length += len(line) + 1
+            if len(self._lines) >= self._most:
+                yield self._cut()
+        if self._lines:
+            yield self._cut()
 
-    def _cut(self, lines: List[bytes]) -> Tuple[List[Task], bytes]:
+    def _cut(self) -> Tuple[List[Task], bytes]:
+        lines, self._lines, self._length = self._lines, [], 0
+        self._most, self._most_bytes = next(self._limits)
         chunk, self.unsent = self.unsent[: len(lines)], self.unsent[len(lines) :]
         return chunk, b"\n".join(lines)
 
