@@ -114,13 +114,13 @@ class BatchWait:
         """
         pause = _FIRST_PAUSE
         while True:
-            self._poll()
-            if self._is_done():
-                return None
-            self._look_for_trouble()
-            stuck = self._look_for_stall()
-            if stuck is not None:
-                return stuck
+            if self.poll():
+                if self._is_done():
+                    return None
+                self._look_for_trouble()
+                stuck = self._look_for_stall()
+                if stuck is not None:
+                    return stuck
             self._pause(max(min(pause, self.poll_interval), self._retry_after))
             pause *= _PAUSE_GROWTH
 
@@ -129,25 +129,21 @@ class BatchWait:
         self._early += 1
         self._not_before = time.monotonic() + min(2.0**self._early, LONGEST_POLL)
 
-    def is_server_there(self) -> bool:
-        """Whether the server answers, after it did not; if it does not, `wait` waits for it."""
-        self._poll()
-        return self._away_since is None
-
-    def _poll(self) -> None:
+    def poll(self) -> bool:
+        """Look at the batch, and give whether the server answered; if it did not, `wait` waits for it."""
         self._retry_after = 0.0
         try:
             self.batch = self.get_batch(min(LONGEST_POLL, max(self._time_left(), _SHORTEST_POLL)))
         except NotFoundError as exc:
             if exc.response is not None:  # a proxy's, say: the server's own word for it is null
                 self._went_away(exc)
-                return
+                return False
             if self.batch is not None:  # else: not ingested yet
                 raise
         except AWAY_ERRORS as exc:
             if self.batch is not None or not has_no_index(exc):  # else: not ingested yet
                 self._went_away(exc)
-                return
+                return False
         now = time.monotonic()
         if self._away_since is not None:
             self.monitor.note(f"the server is back after {now - self._away_since:.0f} s")
@@ -158,6 +154,7 @@ class BatchWait:
             self._counters = counters
             self._moved_at = self._quiet_since = self._not_before = now
         self.monitor.batch(self.batch, self.expected, self._seen.cost(*self.prices))
+        return True
 
     def _went_away(self, exc: APIError) -> None:
         if isinstance(exc, RateLimitError):
@@ -168,8 +165,6 @@ class BatchWait:
 
     def _is_done(self) -> bool:
         batch, now = self.batch, time.monotonic()
-        if self._away_since is not None:
-            return False
         if self.submitted is not None:
             return not self.waiting and self._seen.finished_tasks >= self.submitted and now >= self._not_before
         if (batch is not None and not batch.done) or now - max(self._moved_at, self._not_before) < SETTLED_AFTER:
@@ -187,7 +182,7 @@ class BatchWait:
     def _look_for_trouble(self) -> None:
         """Pass on what the server says of itself while nothing moves, such as a provider that is not there."""
         now = time.monotonic()
-        if self._away_since is not None or now - max(self._moved_at, self._asked_at) < _ASK_AFTER:
+        if now - max(self._moved_at, self._asked_at) < _ASK_AFTER:
             return
         self._asked_at = now
         health = self._health()
@@ -209,7 +204,7 @@ class BatchWait:
 
     def _look_for_stall(self) -> Optional[HealthResponse]:
         now = time.monotonic()
-        if self.stall_timeout is None or self._away_since is not None or now - self._quiet_since < self.stall_timeout:
+        if self.stall_timeout is None or now - self._quiet_since < self.stall_timeout:
             return None
         health = self._health()
         if health is not None and knows_queues(health):

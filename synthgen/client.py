@@ -631,7 +631,7 @@ class SynthgenClient:
                         received = _counted(export, monitor, wait.batch.finished_tasks)
                         matched, surplus = results.match(received, lambda ids: self._look_up(ids, monitor))
             except AWAY_ERRORS as exc:
-                if wait.is_server_there():
+                if wait.poll():
                     exc.message += f". Batch {batch_id!r} is not lost: monitor_batch(batch_id={batch_id!r}) comes back"
                     exc.args = (exc.message,)
                     raise
