@@ -108,10 +108,13 @@ class Database:
         """Keep the file from other servers, until closed or killed: each would run the tasks of the other."""
         path = self._path + "-lock"
         _create(path)
+        before = os.stat(path).st_ino
         lock = opened.enter_context(closing(_connect(path, timeout=0)))
         try:
             lock.execute("PRAGMA journal_mode = OFF")
             lock.execute("BEGIN EXCLUSIVE")
+            if not os.path.exists(path) or os.stat(path).st_ino != before:  # another one has just let go of it
+                raise sqlite3.OperationalError
         except sqlite3.OperationalError:
             raise sqlite3.OperationalError("another server has it open") from None
         opened.callback(_remove, path)  # before it is unlocked

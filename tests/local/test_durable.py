@@ -21,6 +21,7 @@ from servers import DEADLINE, Answer
 
 from synthgen.exceptions import ConfigurationError
 from synthgen.local import LocalServer
+from synthgen.local import database as database_module
 from synthgen.local.database import Database
 from synthgen.local.store import Result, Store, Upload
 
@@ -245,6 +246,22 @@ def test_a_second_server_on_the_same_file_is_refused(serve, database):
     """Each would run the other's tasks."""
     serve(database=database)
 
+    with pytest.raises(ConfigurationError, match="another server"):
+        serve(database=database)
+
+
+def test_a_lock_that_another_server_has_just_let_go_of_locks_nothing(serve, database, monkeypatch):
+    """It has removed its file meanwhile, and a third server may have made the next."""
+
+    def connect(path, timeout):
+        if path.endswith("-lock"):
+            os.rename(path, path + "-old")
+            open(path, "w").close()
+            path += "-old"
+        return connected(path, timeout)
+
+    connected = database_module._connect
+    monkeypatch.setattr(database_module, "_connect", connect)
     with pytest.raises(ConfigurationError, match="another server"):
         serve(database=database)
 
