@@ -81,6 +81,8 @@ class Workers:
         self._waiting: List[Tuple[float, int, _Task]] = []
         #: Why the last of the calls failed that will be made again.
         self._last_error = ""
+        #: Whether the last result could not be stored. Then no call is made: it would be paid for, and perhaps lost.
+        self._is_store_failing = False
         #: By cache key and account: the task whose answer the next identical one waits for.
         self._leaders: Dict[Tuple[bytes, Account], _Task] = {}
         self._providers = [Provider(policy) for _ in range(count)]
@@ -119,6 +121,7 @@ class Workers:
             gone = [task for task_id, task in self._out.items() if first <= task_id < end]
             for task in gone:
                 self._let_go(task)
+            self._is_store_failing = False  # it was deleted, so that it works
             self._changed.notify()
 
     def processing(self) -> DefaultDict[int, Dict[int, int]]:
@@ -186,6 +189,7 @@ class Workers:
         """In the store's thread: the result is in the database, or could not be written."""
         error = stored.exception()
         with self._changed:
+            self._is_store_failing = error is not None and task.id in self._out
             if error is None:
                 self._let_go(task)
             elif task.id in self._out:
@@ -216,6 +220,8 @@ class Workers:
 
     def _next(self, moment: float) -> Optional[_Task]:
         """A task that may be called now."""
+        if self._is_store_failing:
+            return None
         for account in list(self._queued):
             task: Optional[_Task] = account.waiting.first()
             while task is not None and (task.id not in self._out or account.delay(task.estimate, moment) <= 0):
@@ -254,7 +260,8 @@ class Workers:
 
     def _idle_time(self, moment: float) -> float:
         """How long until there may be something to do."""
-        waits = [account.delay(account.waiting.first().estimate, moment) for account in self._queued]
+        queued = [] if self._is_store_failing else self._queued
+        waits = [account.delay(account.waiting.first().estimate, moment) for account in queued]
         if self._waiting:
             waits.append(self._waiting[0][0] - moment)
         return min([*waits, threading.TIMEOUT_MAX])
@@ -285,8 +292,10 @@ class Workers:
     def _repeat(self, task: _Task, outcome: Outcome) -> None:
         """Let a task wait for another try."""
         task.is_repeating = True
-        status, is_answer, _ = outcome.error.partition("): ")  # what the provider said may hold the prompt
-        self._last_error = f"{task.account.name}: {status}" + (")" if is_answer else "")
+        # What the provider said may hold the prompt, and anybody may ask for /health.
+        status, is_answer, _ = outcome.error.partition("): ")
+        status = "Provider error" if status.startswith("Provider error: ") else status + ")" * bool(is_answer)
+        self._last_error = f"{task.account.name}: {status}"
         if task.account.is_away:
             self._queue(task)
         else:

@@ -406,6 +406,27 @@ def test_a_result_that_meets_a_full_disk_is_kept(api, model, task):
     assert api.ask("GET", "/health").status_code == 200
 
 
+def test_no_call_is_made_while_results_can_not_be_stored(api, model, task):
+    """Each would be paid for, and made again if the server ended before there is room."""
+    hold = threading.Event()
+    model.answers(Answer({"choices": ["x" * 100_000]}, hold=hold))
+    batch_id = api.submit(*[task(str(number)) for number in range(200)])
+    model.wait_for_requests(1)
+    set_pragma(api, "max_page_count = 1")
+    hold.set()
+    deadline, pause = time.monotonic() + DEADLINE, threading.Event()
+    while api.ask("GET", "/health").status_code != 503:
+        assert time.monotonic() < deadline
+        pause.wait(0.01)
+    pause.wait(0.5)  # in which all the others could be called
+    made = len(model.requests)
+    set_pragma(api, "max_page_count = 1000000")
+    batch = api.wait(batch_id)
+
+    assert made < 200
+    assert batch["completed_tasks"] == len(model.requests) == 200
+
+
 def test_a_read_only_database_is_a_clear_500(api, task):
     """And the server goes on."""
     set_pragma(api, "query_only = ON")

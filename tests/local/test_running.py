@@ -243,6 +243,19 @@ def test_a_provider_that_is_not_there_is_tried_again_and_then_given_up(serve, ta
     assert "(tried 11 times)" in result["completions"]["error"]
 
 
+def test_health_shows_nothing_of_what_a_provider_said_in_a_200(api, model, task):
+    """It may be the prompt, and anybody may ask for health."""
+    hold = threading.Event()
+    model.answers(Answer({"error": {"code": 502, "message": "no: my prompt"}}), Answer(GOOD, hold=hold))
+    batch_id = api.submit(task())
+    model.wait_for_requests(2)
+    error = api.get("/health")["error"]
+    hold.set()
+    api.wait(batch_id)
+
+    assert error.endswith("Provider error") and "prompt" not in error
+
+
 def test_health_tells_of_calls_that_are_being_repeated(api, model, task):
     """How many and why, but no key, since it needs none; and nothing of it when they have worked."""
     hold = threading.Event()
