@@ -376,4 +376,5 @@ class Budget:
 
 
 def _clock(moment: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + moment - time.monotonic()))
+    seconds = min(time.time() + moment - time.monotonic(), 32503680000)  # in the year 3000: some can say no later one
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

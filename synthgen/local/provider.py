@@ -40,6 +40,8 @@ _TOLD = ("x-ratelimit-{1}-{0}", "anthropic-ratelimit-{0}-{1}")
 #: A duration as OpenAI writes it, such as 6m0s or 20ms; a bare number is seconds.
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)(?:s|$))?(?:([\d.]+)ms)?")
 _DURATION_UNITS = (86400.0, 3600.0, 60.0, 1.0, 0.001)
+#: Limits are reset within a day or so: a larger number is no duration, and a later time no time of reset.
+_LONGEST_RESET = 7 * 86400
 
 
 class CallPolicy(NamedTuple):
@@ -117,7 +119,8 @@ class Provider:
         started = time.monotonic()
         try:
             with self._send(method, url, api_key, body) as response:
-                if response.headers.get("Content-Type", "").startswith("text/event-stream"):
+                is_stream = response.headers.get("Content-Type", "").startswith("text/event-stream")
+                if is_stream and response.status_code < 300:
                     what = 'the answer is a stream of events: remove "stream" from the body'
                     outcome = Outcome(Kind.ANSWERED, f"Invalid answer ({_reason(response.status_code)}): {what}")
                 else:
@@ -288,9 +291,20 @@ def _told(headers: Mapping[str, str]) -> Iterator[Told]:
 
 def _seconds(text: str, date: Optional[str]) -> float:
     """How long until a limit is reset: a duration, or a time, by the provider's own clock."""
-    if "T" in text:
-        now = parsedate_to_datetime(date) if date else datetime.now(timezone.utc)
-        return (datetime.strptime(text[:19] + "+0000", "%Y-%m-%dT%H:%M:%S%z") - now).total_seconds()
+    is_epoch = text.isdigit() and int(text) > _LONGEST_RESET
+    if is_epoch or "T" in text:
+        try:
+            moment = parsedate_to_datetime(date) if date else datetime.now(timezone.utc)
+        except TypeError:  # in Python 3.8, a date that can't be read
+            raise ValueError(date) from None
+        now = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()  # -0000 is UTC, too
+        if is_epoch:
+            seconds = int(text) / (1000 if int(text) > 1e12 else 1) - now
+        else:
+            seconds = datetime.strptime(text[:19] + "+0000", "%Y-%m-%dT%H:%M:%S%z").timestamp() - now
+        if seconds > _LONGEST_RESET:
+            raise ValueError(text)
+        return seconds
     match = _DURATION.fullmatch(text)
     if not match:
         raise ValueError

@@ -4,6 +4,7 @@ import heapq
 import json
 import math
 import random
+import re
 import threading
 import time
 from collections import deque
@@ -279,9 +280,44 @@ def test_the_time_until_a_limit_is_reset_is_read(text, seconds):
     assert _seconds(text, None) == pytest.approx(seconds)
 
 
-def test_a_time_of_reset_is_by_the_providers_clock():
-    """Anthropic gives a time; the clock here may be wrong."""
-    assert _seconds("2020-01-01T00:01:00Z", "Wed, 01 Jan 2020 00:00:30 GMT") == 30
+@pytest.mark.parametrize("zone", ["GMT", "-0000", ""])
+@pytest.mark.parametrize("text", ["2020-01-01T00:01:00Z", "1577836860", "1577836860000"])
+def test_a_time_of_reset_is_by_the_providers_clock(text, zone):
+    """Anthropic gives a time, others the seconds or milliseconds since 1970; the clock here may be wrong."""
+    assert _seconds(text, f"Wed, 01 Jan 2020 00:00:30 {zone}") == 30
+
+
+@pytest.mark.parametrize(
+    "text, date",
+    [("soon", None), ("2020-01-01T00:01:00Z", "no date"), ("4102444800", "Wed, 01 Jan 2020 00:00:30 GMT")],
+)
+def test_what_is_no_time_of_reset_is_nothing(text, date):
+    """It costs no answer, and stops no account for years."""
+    with pytest.raises(ValueError):
+        _seconds(text, date)
+
+
+def test_an_answer_is_not_lost_to_its_headers(serve, model, task):
+    """Though its date cannot be read."""
+    limit = {f"anthropic-ratelimit-requests-{name}": "1" for name in ("limit", "remaining")}
+    reset = {"anthropic-ratelimit-requests-reset": "2020-01-01T00:01:00Z", "Date": "today"}
+    model.answers(Answer(GOOD, headers={**limit, **reset}))
+
+    assert serve().run(task())[0]["status"] == "COMPLETED"
+
+
+def test_health_tells_of_a_refusal_for_longer_than_any_calendar(serve, model, task):
+    """It may be a mistake; whoever asks has to see it."""
+    model.answers(Answer({"error": "no"}, 429, {"Retry-After": "1e18"}))
+    api = serve()
+    api.submit(task())
+    model.wait_for_requests(1)
+    deadline, pause = time.monotonic() + DEADLINE, threading.Event()
+    while api.get("/health")["error"] is None:
+        assert time.monotonic() < deadline
+        pause.wait(0.01)
+
+    assert re.search("no call before (3000|2999)-", api.get("/health")["error"])
 
 
 def test_a_limit_in_the_headers_is_kept_to(pace, model, task):
@@ -439,6 +475,14 @@ def test_an_empty_or_filtered_answer_is_not_for_others(serve, model, task, reaso
 
     assert (batch["completed_tasks"], batch["cached_tasks"]) == (2, 0)
     assert (later["status"], later["cached"], later["completions"]) == ("COMPLETED", False, GOOD)
+
+
+def test_a_refusal_of_a_stream_is_a_refusal(serve, model, task):
+    """Some providers say it as a stream, too."""
+    model.answers(Answer({"error": "slow"}, 429, {"Content-Type": "text/event-stream", "Retry-After": "0.001"}), GOOD)
+    (result,) = serve().run(task())
+
+    assert result["status"] == "COMPLETED"
 
 
 # The method.
