@@ -29,7 +29,11 @@ def output_limit(body: Any) -> Optional[int]:
     config = body.get("generationConfig")
     limits = [body.get(name) for name in _OUTPUT_LIMITS]
     limits.append(config.get("maxOutputTokens") if isinstance(config, dict) else None)
-    return next((int(limit) for limit in limits if isinstance(limit, (int, float)) and 0 < limit < 1 << 40), None)
+    answers = [body.get(name) for name in ("n", "best_of")]
+    answers.append(config.get("candidateCount") if isinstance(config, dict) else None)
+    count = max([1, *(number for number in answers if isinstance(number, int) and number < 1 << 20)])
+    limit = next((limit for limit in limits if isinstance(limit, (int, float)) and 0 < limit < 1 << 40), None)
+    return None if limit is None else int(limit) * count
 
 
 def _characters(value: Any) -> int:
@@ -57,11 +61,12 @@ def plan(
     models: Dict[str, Counter[str]] = defaultdict(Counter)
     accounts: Dict[Tuple[str, Optional[str]], Counter[str]] = defaultdict(Counter)
     for count, task in enumerate(tasks, 1):
-        call = f"{task.method} {task.url}\n{json.dumps(task.body, sort_keys=True)}"
+        call = f"{task.method} {task.url}\n{task.api_key}\n{json.dumps(task.body, sort_keys=True)}"
         digest = blake2b(call.encode(), digest_size=12).digest()
-        if task.use_cache and digest in seen:
-            continue
-        seen.add(digest)
+        if task.use_cache:
+            if digest in seen:
+                continue
+            seen.add(digest)
         length, limit = prompt_characters(task.body), output_limit(task.body)
         host = urlsplit(task.url).netloc.rpartition("@")[2]
         characters += length

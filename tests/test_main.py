@@ -987,6 +987,16 @@ def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(provider, capsys):
 def test_a_dry_run_without_any_limit_promises_no_most(provider, capsys):
     """What the prompts cost is all that is known."""
     tasks = write_tasks(provider, "abcd" * 10, "x" * 36)
+def test_a_dry_run_counts_what_will_be_called(provider, capsys):
+    """Accounts share no calls, and what is not to come from the cache is no answer for others."""
+    of_tasks = [{"api_key": "a"}, {"api_key": "b"}, {"use_cache": False}, {}]
+    lines = [chat_line(provider, "hi", **fields) for fields in of_tasks]
+    Path("tasks.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+    assert main(["run", "tasks.jsonl", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("tasks     4: 4 to be called, 0 identical")
+
+
 
     assert main(["run", tasks, "--dry-run", "--input-cost", "1000", "--output-cost", "1000"]) == 0
 

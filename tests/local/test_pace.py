@@ -13,6 +13,7 @@ import pytest
 from servers import DEADLINE, DROP, Answer
 
 from synthgen import BudgetExceededError, Task
+from synthgen._estimates import output_limit
 from synthgen.exceptions import ConfigurationError
 from synthgen.local import LocalServer
 from synthgen.local.pace import Account, Estimate, Limits
@@ -332,6 +333,22 @@ def test_a_limit_in_the_headers_is_kept_to(pace, model, task):
     assert batch["failed_tasks"] == 0
 
 
+@pytest.mark.parametrize(
+    "body, tokens",
+    [
+        ({"max_tokens": 10}, 10),
+        ({"max_tokens": 10, "n": 3}, 30),
+        ({"max_tokens": 10, "n": 2, "best_of": 5}, 50),
+        ({"generationConfig": {"maxOutputTokens": 10, "candidateCount": 4}}, 40),
+        ({"max_tokens": 10, "n": None}, 10),
+        ({"n": 3}, None),
+    ],
+)
+def test_each_of_several_answers_may_be_as_long_as_one(body, tokens):
+    """For the limits and the budget."""
+    assert output_limit(body) == tokens
+
+
 # No account.
 
 
@@ -460,6 +477,14 @@ def test_a_stream_fails_at_once_and_says_what_to_change(serve, model, task):
     assert 'remove "stream" from the body' in result["completions"]["error"]
 
 
+def test_a_refusal_of_a_stream_is_a_refusal(serve, model, task):
+    """Some providers say it as a stream, too."""
+    model.answers(Answer({"error": "slow"}, 429, {"Content-Type": "text/event-stream", "Retry-After": "0.001"}), GOOD)
+    (result,) = serve().run(task())
+
+    assert result["status"] == "COMPLETED"
+
+
 @pytest.mark.parametrize("reason, content", [("content_filter", "half of"), ("stop", ""), ("stop", None)])
 def test_an_empty_or_filtered_answer_is_not_for_others(serve, model, task, reason, content):
     """Neither for an identical task that waited for it, nor for one that comes later."""
@@ -475,14 +500,6 @@ def test_an_empty_or_filtered_answer_is_not_for_others(serve, model, task, reaso
 
     assert (batch["completed_tasks"], batch["cached_tasks"]) == (2, 0)
     assert (later["status"], later["cached"], later["completions"]) == ("COMPLETED", False, GOOD)
-
-
-def test_a_refusal_of_a_stream_is_a_refusal(serve, model, task):
-    """Some providers say it as a stream, too."""
-    model.answers(Answer({"error": "slow"}, 429, {"Content-Type": "text/event-stream", "Retry-After": "0.001"}), GOOD)
-    (result,) = serve().run(task())
-
-    assert result["status"] == "COMPLETED"
 
 
 # The method.
