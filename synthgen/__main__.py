@@ -370,14 +370,16 @@ def _give_up_stdout() -> None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does; the second of them ends the process at once."""
+    """SIGTERM and SIGHUP end a command as Ctrl-C does; the second of them ends the process at once."""
 
     def interrupt(signum: int, frame: Any) -> None:
         for number in before:
             signal.signal(number, lambda *_: os._exit(_INTERRUPTED))
         raise KeyboardInterrupt
 
-    handled = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     before: Dict[int, Any] = {number: signal.signal(number, interrupt) for number in handled}
     try:
         yield

@@ -24,6 +24,9 @@ pytestmark = pytest.mark.slow
 COMMANDS = ["demo", "run", "serve", "watch", "export", "stats", "batches", "health", "delete"]
 CHAT = "/v1/chat/completions"
 
+#: What ends a command: Ctrl-C, whoever started it, and its terminal.
+ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 @pytest.fixture
 def provider():
@@ -434,7 +437,7 @@ def test_after_failures_only_they_are_run_again(provider, capsys):
     assert sorted(os.listdir()) == ["out.jsonl", "tasks.jsonl"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ENDS)
 def test_an_interrupted_local_run_goes_on_where_it_was(number, provider, stalled, capsys):
     """It exits with 130 and the command that goes on, which gets all the results."""
     process = start("run", write_tasks(provider, "one", "two"), "-o", "out.jsonl", "--local", stdout=subprocess.PIPE)
@@ -703,9 +706,9 @@ def close_output():
 # serve
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ENDS)
 def test_a_server_says_how_to_reach_it_and_stops_cleanly(number):
-    """Both export lines are on stderr; Ctrl-C and SIGTERM end it with 0."""
+    """Both export lines are on stderr; Ctrl-C, SIGTERM and SIGHUP end it with 0."""
     process = start("serve", "--port", "0", stdout=subprocess.PIPE)
     said = [process.stderr.readline() for _ in range(3)]
     exports = dict(line.split()[1].split("=", 1) for line in said[1:])
@@ -984,9 +987,6 @@ def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(provider, capsys):
     assert os.listdir() == ["tasks.jsonl"]
 
 
-def test_a_dry_run_without_any_limit_promises_no_most(provider, capsys):
-    """What the prompts cost is all that is known."""
-    tasks = write_tasks(provider, "abcd" * 10, "x" * 36)
 def test_a_dry_run_counts_what_will_be_called(provider, capsys):
     """Accounts share no calls, and what is not to come from the cache is no answer for others."""
     of_tasks = [{"api_key": "a"}, {"api_key": "b"}, {"use_cache": False}, {}]
@@ -997,6 +997,9 @@ def test_a_dry_run_counts_what_will_be_called(provider, capsys):
     assert capsys.readouterr().out.startswith("tasks     4: 4 to be called, 0 identical")
 
 
+def test_a_dry_run_without_any_limit_promises_no_most(provider, capsys):
+    """What the prompts cost is all that is known."""
+    tasks = write_tasks(provider, "abcd" * 10, "x" * 36)
 
     assert main(["run", tasks, "--dry-run", "--input-cost", "1000", "--output-cost", "1000"]) == 0
 
