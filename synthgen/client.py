@@ -869,7 +869,7 @@ def _naming_batch(batch_id: str, options: _Options) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        how = f"{options.call}batch_id={batch_id!r})"
+        how = "the same call, by its checkpoint" if options.checkpoint else f"{options.call}batch_id={batch_id!r})"
         raise KeyboardInterrupt(f"batch {batch_id!r} goes on; come back to it with {how}") from None
 
 

@@ -113,7 +113,7 @@ def test_results_are_written_however_deeply_they_are_nested(server, client, path
     assert result["completions"]["more"] == deep and result["body"]["deep"] == deep
 
 
-def test_ctrl_c_while_results_are_written_says_how_to_come_back(client):
+def test_ctrl_c_while_results_are_written_says_how_to_come_back(client, path):
     """They are all in the batch."""
 
     class Interrupted(io.BytesIO):
@@ -122,6 +122,8 @@ def test_ctrl_c_while_results_are_written_says_how_to_come_back(client):
 
     with pytest.raises(KeyboardInterrupt, match=r"goes on; come back to it with run_batch\(.*batch_id='"):
         client.run_batch(tasks(2), Interrupted(), show_progress=False)
+    with pytest.raises(KeyboardInterrupt, match="come back to it with the same call, by its checkpoint"):
+        client.run_batch(tasks(2), Interrupted(), show_progress=False, checkpoint=path.with_suffix(".checkpoint"))
 
 
 def test_an_open_file_is_written_to(client):
