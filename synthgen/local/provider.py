@@ -292,23 +292,23 @@ def _told(headers: Mapping[str, str]) -> Iterator[Told]:
 def _seconds(text: str, date: Optional[str]) -> float:
     """How long until a limit is reset: a duration, or a time, by the provider's own clock."""
     is_epoch = text.isdigit() and int(text) > _LONGEST_RESET
-    if is_epoch or "T" in text:
-        try:
-            moment = parsedate_to_datetime(date) if date else datetime.now(timezone.utc)
-        except TypeError:  # in Python 3.8, a date that can't be read
-            raise ValueError(date) from None
-        now = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()  # -0000 is UTC, too
-        if is_epoch:
-            seconds = int(text) / (1000 if int(text) > 1e12 else 1) - now
-        else:
-            seconds = datetime.strptime(text[:19] + "+0000", "%Y-%m-%dT%H:%M:%S%z").timestamp() - now
-        if seconds > _LONGEST_RESET:
+    if not is_epoch and "T" not in text:
+        match = _DURATION.fullmatch(text)
+        if not match:
             raise ValueError(text)
-        return seconds
-    match = _DURATION.fullmatch(text)
-    if not match:
-        raise ValueError
-    return sum(float(count) * unit for count, unit in zip(match.groups(), _DURATION_UNITS) if count)
+        return sum(float(count) * unit for count, unit in zip(match.groups(), _DURATION_UNITS) if count)
+    try:
+        moment = parsedate_to_datetime(date) if date else datetime.now(timezone.utc)
+    except TypeError:  # in Python 3.8, a date that can't be read
+        raise ValueError(date) from None
+    now = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()  # -0000 is UTC, too
+    if is_epoch:
+        reset_at = int(text) / (1000 if int(text) > 1e12 else 1)
+    else:
+        reset_at = datetime.strptime(text[:19] + "+0000", "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    if reset_at - now > _LONGEST_RESET:
+        raise ValueError(text)
+    return reset_at - now
 
 
 def _shortened(text: str, api_key: Optional[str]) -> str:
