@@ -375,6 +375,14 @@ def set_pragma(api, text):
     api.server._store._database._connection.execute(f"PRAGMA {text}")
 
 
+def wait_until_unhealthy(api):
+    """Until the server has found out that it can't store a result."""
+    deadline, pause = time.monotonic() + DEADLINE, threading.Event()
+    while api.ask("GET", "/health").status_code != 503:
+        assert time.monotonic() < deadline
+        pause.wait(0.01)
+
+
 def test_a_full_disk_refuses_an_upload_and_nothing_of_it_is_there(api, task):
     """507, and the server goes on."""
     set_pragma(api, "max_page_count = 1")
@@ -395,10 +403,7 @@ def test_a_result_that_meets_a_full_disk_is_kept(api, model, task):
     model.wait_for_requests(1)
     set_pragma(api, "max_page_count = 1")
     hold.set()
-    deadline, pause = time.monotonic() + DEADLINE, threading.Event()
-    while api.ask("GET", "/health").status_code != 503:
-        assert time.monotonic() < deadline
-        pause.wait(0.01)
+    wait_until_unhealthy(api)
     set_pragma(api, "max_page_count = 1000000")
     batch = api.wait(batch_id)
 
@@ -414,11 +419,8 @@ def test_no_call_is_made_while_results_can_not_be_stored(api, model, task):
     model.wait_for_requests(1)
     set_pragma(api, "max_page_count = 1")
     hold.set()
-    deadline, pause = time.monotonic() + DEADLINE, threading.Event()
-    while api.ask("GET", "/health").status_code != 503:
-        assert time.monotonic() < deadline
-        pause.wait(0.01)
-    pause.wait(0.5)  # in which all the others could be called
+    wait_until_unhealthy(api)
+    threading.Event().wait(0.5)  # in which all the others could be called
     made = len(model.requests)
     set_pragma(api, "max_page_count = 1000000")
     batch = api.wait(batch_id)
