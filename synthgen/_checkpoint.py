@@ -12,7 +12,7 @@ import json
 import os
 from contextlib import suppress
 from hashlib import blake2b
-from typing import Any, Dict, Iterable, List, Optional, Set, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Union
 
 from ._chunks import Chunks
 from ._files import hold
@@ -30,6 +30,7 @@ class Checkpoint:
         server: What names the server.
         batch_id: A name for the batch, if it is a new one.
         chunk_size: The most tasks in an upload, likewise.
+        has_batch: Whether the server has a batch: it is the same one, then, by whatever name.
 
     Attributes:
         batch_id: The batch.
@@ -48,7 +49,14 @@ class Checkpoint:
     _chunks: List[Dict[str, Any]]
     _end: Optional[int]
 
-    def __init__(self, path: Union[str, "os.PathLike[str]"], server: str, batch_id: str, chunk_size: int) -> None:
+    def __init__(
+        self,
+        path: Union[str, "os.PathLike[str]"],
+        server: str,
+        batch_id: str,
+        chunk_size: int,
+        has_batch: Callable[[str], bool] = lambda batch_id: False,
+    ) -> None:
         self._path = os.path.abspath(path)
         self._file = open(self._path, "a+b", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600))
         try:
@@ -63,8 +71,8 @@ class Checkpoint:
                 self._parse(lines)
             except (KeyError, TypeError, ValueError):
                 raise self.error("it is no checkpoint, or one of another version") from None
-            if self._server != server:
-                raise self.error(f"it is of a batch at {self._server}, not at {server}")
+            if self._server != server and not has_batch(self.batch_id):
+                raise self.error(f"it is of batch {self.batch_id!r} at {self._server}, which is not at {server}")
         except BaseException:
             self.close()
             raise

@@ -497,7 +497,14 @@ class SynthgenClient:
         """The checkpoint, if one is wanted."""
         if path is None:
             return nullcontext()
-        return closing(Checkpoint(path, self._server_name or self.base_url, batch_id, chunk_size))
+        return closing(Checkpoint(path, self._server_name or self.base_url, batch_id, chunk_size, self._has_batch))
+
+    def _has_batch(self, batch_id: str) -> bool:
+        try:
+            self.get_batch(batch_id)
+        except NotFoundError:
+            return False
+        return True
 
     def _submit(
         self,

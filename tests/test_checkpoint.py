@@ -184,13 +184,23 @@ def test_an_empty_file_is_a_new_one_for_its_owner_alone(server, client, path):
 
 
 def test_another_server_is_refused(server, client, path):
-    """The error names both; nothing is sent."""
-    client.create_batch(tasks(2), checkpoint=path)
+    """The error names both; nothing is sent, and asked only whether it has the batch."""
+    batch_id = client.create_batch(tasks(2), checkpoint=path).batch_id
 
     with Framework() as other, SynthgenClient(other.url) as stranger:
-        with pytest.raises(CheckpointError, match=f"{server.url}, not at {other.url}"):
+        with pytest.raises(CheckpointError, match=f"{server.url}, which is not at {other.url}"):
             stranger.create_batch(tasks(2), checkpoint=path)
-        assert other.requests == []
+        assert [(request.method, request.path) for request in other.requests] == [("GET", f"{UPLOADS}/{batch_id}")]
+
+
+def test_a_server_that_has_the_batch_is_the_same_by_whatever_name(server, client, path):
+    """It moved, or is reached by another way: what was taken is not sent again."""
+    break_off(server, client, path, Answer({"detail": "no"}, 401))
+
+    with SynthgenClient(server.url.replace("127.0.0.1", "localhost"), "k") as other:
+        assert other.create_batch(tasks(6), 2, checkpoint=path).total_tasks == 6
+
+    assert sent(server) == [["0", "1"], ["2", "3"], ["2", "3"], ["4", "5"]]
 
 
 @pytest.mark.parametrize(
