@@ -126,7 +126,7 @@ class Provider:
                 else:
                     outcome = _answer(response, _read(response, started + self._policy.read_timeout), api_key)
                     outcome = outcome._replace(told=tuple(_told(response.headers)))
-        except requests.RequestException as exc:
+        except Exception as exc:  # requests lets others than its own through, for odd URLs
             outcome = _no_answer(exc, api_key)
         return outcome._replace(duration=round((time.monotonic() - started) * 1000))
 
@@ -219,7 +219,7 @@ def _read(response: requests.Response, deadline: float) -> bytes:
     return b"".join(parts)
 
 
-def _no_answer(exc: requests.RequestException, api_key: Optional[str]) -> Outcome:
+def _no_answer(exc: Exception, api_key: Optional[str]) -> Outcome:
     """What it means that no whole answer came."""
     cause = innermost(exc)
     if isinstance(cause, ssl.SSLCertVerificationError):
@@ -229,9 +229,10 @@ def _no_answer(exc: requests.RequestException, api_key: Optional[str]) -> Outcom
     if isinstance(exc, requests.Timeout) or isinstance(cause, socket.timeout):
         return Outcome(Kind.FAILED, "Time-out: no whole answer in time")
     if isinstance(exc, (requests.ConnectionError, ChunkedEncodingError, ContentDecodingError)):  # may not come again
-        reason = exc.args[0] if exc.args else None
-        return Outcome(Kind.FAILED, f"Connection error: {cause}", is_reached=not never_sent(reason))
-    return Outcome(Kind.ANSWERED, f"Request error: {_shortened(str(exc), api_key)}")  # a bad URL, say
+        return Outcome(Kind.FAILED, f"Connection error: {cause}", is_reached=not never_sent(exc))
+    # A bad URL, say. The text of an error that is not requests' own may hold the key in some other form.
+    text = _shortened(str(exc), api_key) if isinstance(exc, requests.RequestException) else type(exc).__name__
+    return Outcome(Kind.ANSWERED, f"Request error: {text}")
 
 
 def _answer(response: requests.Response, content: bytes, api_key: Optional[str]) -> Outcome:

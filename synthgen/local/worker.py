@@ -168,15 +168,8 @@ class Workers:
                 continue
             if task is None:
                 break
-            outcome = self._call(task, provider)
+            outcome = provider.call(task.method, task.url, task.api_key, task.body)
         provider.close()
-
-    def _call(self, task: _Task, provider: Provider) -> Outcome:
-        try:
-            return provider.call(task.method, task.url, task.api_key, task.body)
-        except Exception as exc:  # what requests lets through for odd URLs; the text may hold the key
-            logger.error("a provider can't be called: %s", type(exc).__name__)
-            return Outcome(Kind.ANSWERED, f"Request error: {type(exc).__name__}")
 
     def _store_result(self, task: _Task) -> None:
         assert task.result is not None
