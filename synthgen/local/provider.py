@@ -119,13 +119,8 @@ class Provider:
         started = time.monotonic()
         try:
             with self._send(method, url, api_key, body) as response:
-                is_stream = response.headers.get("Content-Type", "").startswith("text/event-stream")
-                if is_stream and response.status_code < 300:
-                    what = 'the answer is a stream of events: remove "stream" from the body'
-                    outcome = Outcome(Kind.ANSWERED, f"Invalid answer ({_reason(response.status_code)}): {what}")
-                else:
-                    outcome = _answer(response, _read(response, started + self._policy.read_timeout), api_key)
-                    outcome = outcome._replace(told=tuple(_told(response.headers)))
+                outcome = _answer(response, started + self._policy.read_timeout, api_key)
+                outcome = outcome._replace(told=tuple(_told(response.headers)))
         except Exception as exc:  # requests lets others than its own through, for odd URLs
             outcome = _no_answer(exc, api_key)
         return outcome._replace(duration=round((time.monotonic() - started) * 1000))
@@ -235,26 +230,32 @@ def _no_answer(exc: Exception, api_key: Optional[str]) -> Outcome:
     return Outcome(Kind.ANSWERED, f"Request error: {text}")
 
 
-def _answer(response: requests.Response, content: bytes, api_key: Optional[str]) -> Outcome:
-    """What a whole answer means."""
-    status, text = response.status_code, _shortened(content.decode("utf-8", "replace"), api_key)
+def _answer(response: requests.Response, deadline: float, api_key: Optional[str]) -> Outcome:
+    """What an answer means."""
+    status, headers = response.status_code, response.headers
+    reason = f"{status} {responses.get(status, 'Unknown')}"
+    if status < 300 and headers.get("Content-Type", "").startswith("text/event-stream"):
+        what = 'the answer is a stream of events: remove "stream" from the body'
+        return Outcome(Kind.ANSWERED, f"Invalid answer ({reason}): {what}")
+    content = _read(response, deadline)
+    text = _shortened(content.decode("utf-8", "replace"), api_key)
     if not 200 <= status < 300:
         if status < 400:
-            location = _shortened(response.headers.get("Location", "nowhere"), api_key)
-            error = f"Redirect ({_reason(status)}) to {location}: not followed, since the key would go along"
+            location = _shortened(headers.get("Location", "nowhere"), api_key)
+            error = f"Redirect ({reason}) to {location}: not followed, since the key would go along"
         else:
-            error = f"{'Server' if status >= 500 else 'Client'} error ({_reason(status)}): {text}"
-        return _error(status, error, response.headers)
+            error = f"{'Server' if status >= 500 else 'Client'} error ({reason}): {text}"
+        return _error(status, error, headers)
     try:
         answer = json.loads(content.decode("utf-8"))
         completions = json.dumps(answer, allow_nan=False)
     except (ValueError, RecursionError):
-        return Outcome(Kind.FAILED, f"Invalid answer ({_reason(status)}): not JSON: {text}")
+        return Outcome(Kind.FAILED, f"Invalid answer ({reason}): not JSON: {text}")
     if not isinstance(answer, dict):
-        return Outcome(Kind.FAILED, f"Invalid answer ({_reason(status)}): not a JSON object: {text}")
+        return Outcome(Kind.FAILED, f"Invalid answer ({reason}): not a JSON object: {text}")
     if answer.get("error"):
         code = at(answer, "error", "code")
-        return _error(code if isinstance(code, int) else 200, f"Provider error: {text}", response.headers)
+        return _error(code if isinstance(code, int) else 200, f"Provider error: {text}", headers)
     counts = usage(answer) or {}
     tokens = (counts.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "total_tokens"))
     return Outcome(Kind.ANSWERED, result=Result(True, completions, 0, *tokens), is_usable=is_usable(answer))
@@ -272,10 +273,6 @@ def _error(status: int, error: str, headers: Mapping[str, str]) -> Outcome:
         may_work_later = status >= 500 or status in (408, 409, 425)
         kind = Kind.FAILED if may_work_later else Kind.ANSWERED
     return Outcome(kind, error, retry_after=retry_after)
-
-
-def _reason(status: int) -> str:
-    return f"{status} {responses.get(status, 'Unknown')}"
 
 
 def _told(headers: Mapping[str, str]) -> Iterator[Told]:
