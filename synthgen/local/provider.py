@@ -219,12 +219,11 @@ def _no_answer(exc: Exception, api_key: Optional[str]) -> Outcome:
     cause = innermost(exc)
     if isinstance(cause, ssl.SSLCertVerificationError):
         return Outcome(Kind.ANSWERED, f"Certificate error: {cause}")
-    if isinstance(exc, requests.ConnectTimeout):
-        return Outcome(Kind.FAILED, "Connection error: no connection in time", is_reached=False)
-    if isinstance(exc, requests.Timeout) or isinstance(cause, socket.timeout):
+    is_reached = not never_sent(exc)
+    if is_reached and (isinstance(exc, requests.Timeout) or isinstance(cause, socket.timeout)):
         return Outcome(Kind.FAILED, "Time-out: no whole answer in time")
     if isinstance(exc, (requests.ConnectionError, ChunkedEncodingError, ContentDecodingError)):  # may not come again
-        return Outcome(Kind.FAILED, f"Connection error: {cause}", is_reached=not never_sent(exc))
+        return Outcome(Kind.FAILED, f"Connection error: {cause}", is_reached=is_reached)
     # A bad URL, say. The text of an error that is not requests' own may hold the key in some other form.
     text = _shortened(str(exc), api_key) if isinstance(exc, requests.RequestException) else type(exc).__name__
     return Outcome(Kind.ANSWERED, f"Request error: {text}")
