@@ -12,8 +12,8 @@ import ssl
 import threading
 import time
 import weakref
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
+from calendar import timegm
+from email.utils import formatdate, mktime_tz, parsedate_tz
 from enum import Enum
 from functools import lru_cache
 from http.client import responses
@@ -294,18 +294,17 @@ def _seconds(text: str, date: Optional[str]) -> float:
         if not match:
             raise ValueError(text)
         return sum(float(count) * unit for count, unit in zip(match.groups(), _DURATION_UNITS) if count)
-    try:
-        moment = parsedate_to_datetime(date) if date else datetime.now(timezone.utc)
-    except TypeError:  # in Python 3.8, a date that can't be read
-        raise ValueError(date) from None
-    now = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()  # -0000 is UTC, too
+    now = parsedate_tz(date or formatdate())
+    if now is None:
+        raise ValueError(date)
     if is_epoch:
         reset_at = int(text) / (1000 if int(text) > 1e12 else 1)
     else:
-        reset_at = datetime.strptime(text[:19] + "+0000", "%Y-%m-%dT%H:%M:%S%z").timestamp()
-    if reset_at - now > _LONGEST_RESET:
+        reset_at = timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
+    full_in = reset_at - mktime_tz(now)
+    if full_in > _LONGEST_RESET:
         raise ValueError(text)
-    return reset_at - now
+    return full_in
 
 
 def _shortened(text: str, api_key: Optional[str]) -> str:
