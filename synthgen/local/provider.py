@@ -280,7 +280,7 @@ def _told(headers: Mapping[str, str]) -> Iterator[Told]:
         return
     for of, names in itertools.product(("requests", "tokens"), _TOLD):
         limit, remaining, reset = (headers.get(names.format(of, what), "") for what in ("limit", "remaining", "reset"))
-        with contextlib.suppress(ValueError):  # there is none, or no number
+        with contextlib.suppress(ValueError, OverflowError):  # there is none, or no number, or too large a one
             full_in = _seconds(reset, headers.get("Date"))
             if full_in > 0:
                 yield Told(of, float(limit), float(remaining), full_in)

@@ -298,10 +298,17 @@ def test_what_is_no_time_of_reset_is_nothing(text, date):
         _seconds(text, date)
 
 
-def test_an_answer_is_not_lost_to_its_headers(serve, model, task):
-    """Though its date cannot be read."""
+@pytest.mark.parametrize(
+    "reset, date",
+    [
+        ("2020-01-01T00:01:00Z", "today"),
+        ("9" * 400, "Wed, 01 Jan 2020 00:00:30 GMT"),
+    ],
+)
+def test_an_answer_is_not_lost_to_its_headers(serve, model, task, reset, date):
+    """Though its date cannot be read, or its numbers are too large."""
     limit = {f"anthropic-ratelimit-requests-{name}": "1" for name in ("limit", "remaining")}
-    reset = {"anthropic-ratelimit-requests-reset": "2020-01-01T00:01:00Z", "Date": "today"}
+    reset = {"anthropic-ratelimit-requests-reset": reset, "Date": date}
     model.answers(Answer(GOOD, headers={**limit, **reset}))
 
     assert serve().run(task())[0]["status"] == "COMPLETED"
