@@ -67,7 +67,7 @@ class Workers:
         self._budget = Budget(limits, *store.spent())
         self._max_out = max(16 * count, _MAX_OUT)
         self._changed = threading.Condition()
-        self._closing = threading.Event()
+        self._is_closing = False
         #: Batches with tasks still to be read, each with the row id that was read last; the next one to read first.
         self._unread: OrderedDict[int, int] = OrderedDict((batch, 0) for batch in store.unfinished_batches())
         #: The tasks that are out of the database, by row id, and how many of each batch are.
@@ -98,7 +98,7 @@ class Workers:
     def close(self) -> None:
         """Break off the calls that are running and end the threads; unfinished tasks stay PENDING in the store."""
         with self._changed:
-            self._closing.set()
+            self._is_closing = True
             self._changed.notify_all()
         for provider in self._providers:
             provider.interrupt()
@@ -156,19 +156,10 @@ class Workers:
     # The threads.
 
     def _work(self, provider: Provider) -> None:
-        task: Optional[_Task] = None
-        outcome: Optional[Outcome] = None
-        while True:
-            try:
-                task = self._take(task, outcome)
-            except sqlite3.Error as exc:
-                logger.error("can't read what to do next, trying again: %s", exc)
-                task = None
-                self._closing.wait(_AGAIN)
-                continue
-            if task is None:
-                break
+        task = self._take()
+        while task is not None:
             outcome = provider.call(task.method, task.url, task.api_key, task.body)
+            task = self._take((task, outcome))
         provider.close()
 
     def _store_result(self, task: _Task) -> None:
@@ -191,12 +182,12 @@ class Workers:
                 self._postpone(task, _AGAIN)
             self._changed.notify()
 
-    def _take(self, called: Optional[_Task], outcome: Optional[Outcome]) -> Optional[_Task]:
+    def _take(self, ended: Optional[Tuple[_Task, Outcome]] = None) -> Optional[_Task]:
         """The next task to call, after what has become of the last one; None when closing, which breaks calls off."""
         with self._changed:
-            if called is not None and outcome is not None and not self._closing.is_set():
-                self._learn(called, outcome)
-            while not self._closing.is_set():
+            if ended is not None and not self._is_closing:
+                self._learn(*ended)
+            while not self._is_closing:
                 moment = time.monotonic()
                 while self._waiting and self._waiting[0][0] <= moment:
                     due = heapq.heappop(self._waiting)[2]
@@ -205,8 +196,12 @@ class Workers:
                 if task is not None:
                     self._changed.notify()  # one thread wakes the next, while there is something to do
                     return task
-                if not self._read():
-                    self._changed.wait(self._idle_time(moment))
+                try:
+                    pause = 0.0 if self._read() else self._idle_time(moment)
+                except sqlite3.Error as exc:
+                    logger.error("can't read what to do next, trying again: %s", exc)
+                    pause = _AGAIN
+                self._changed.wait(pause)
         return None
 
     # Under the lock.
