@@ -16,7 +16,6 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, DefaultDict, Deque, Dict, List, Optional, Tuple
-from typing import Counter as CounterType
 from urllib.parse import urlsplit
 
 from .pace import Account, Budget, Call, Limits
@@ -65,14 +64,13 @@ class Workers:
         self._policy = policy
         self._limits = limits
         self._budget = Budget(limits, *store.spent())
-        self._max_out = max(16 * count, _MAX_OUT)
         self._changed = threading.Condition()
         self._is_closing = False
         #: Batches with tasks still to be read, each with the row id that was read last; the next one to read first.
         self._unread: OrderedDict[int, int] = OrderedDict((batch, 0) for batch in store.unfinished_batches())
         #: The tasks that are out of the database, by row id, and how many of each batch are.
         self._out: Dict[int, _Task] = {}
-        self._out_per_batch: CounterType[int] = Counter()
+        self._out_per_batch: Counter[int] = Counter()
         #: By provider and a digest of the key; and those that have tasks to call.
         self._accounts: Dict[bytes, Account] = {}
         self._queued: List[Account] = []
@@ -307,7 +305,7 @@ class Workers:
         wanted, count = 2 * self.count, 0
         share = max(wanted // max(len(self._unread), 1), 1)
         for batch, after in list(self._unread.items()):
-            limit = min(share, self._max_out - self._out_per_batch[batch])
+            limit = min(share, _MAX_OUT - self._out_per_batch[batch])
             rows = self._store.unfinished_tasks(batch, after, limit) if limit > 0 else []
             for row in rows:
                 if row["id"] not in self._out:  # read before it was known that the batch had grown
@@ -342,10 +340,7 @@ class Workers:
         """A task has ended, or was deleted: whoever waits for its answer goes on."""
         if self._out.pop(task.id, None) is None:
             return
-        batch = batch_number(task.id)
-        self._out_per_batch[batch] -= 1
-        if not self._out_per_batch[batch]:
-            del self._out_per_batch[batch]
+        self._out_per_batch[batch_number(task.id)] -= 1
         if self._leaders.get(task.group) is task:
             del self._leaders[task.group]
         followers = [follower for follower in task.followers if follower.id in self._out]
