@@ -13,8 +13,6 @@ import sqlite3
 import threading
 import time
 from collections import Counter, OrderedDict, defaultdict, deque
-from concurrent.futures import Future
-from functools import partial
 from typing import Any, DefaultDict, Deque, Dict, List, Optional, Tuple
 from urllib.parse import urlsplit
 
@@ -116,10 +114,8 @@ class Workers:
     def forget(self, first: int, end: int) -> None:
         """Tasks were deleted: those with row ids from `first` to before `end` are not called any more."""
         with self._changed:
-            gone = [task for task_id, task in self._out.items() if first <= task_id < end]
-            for task in gone:
+            for task in [task for task_id, task in self._out.items() if first <= task_id < end]:
                 self._let_go(task)
-            self._is_store_failing = False  # it was deleted, so that it works
             self._changed.notify()
 
     def processing(self) -> DefaultDict[int, Dict[int, int]]:
@@ -160,21 +156,21 @@ class Workers:
             task = self._take((task, outcome))
         provider.close()
 
-    def _store_result(self, task: _Task) -> None:
-        assert task.result is not None
+    def _end(self, task: _Task, result: Result) -> None:
+        """Store how a task ended."""
+        task.result = result
         key = task.key if task.is_usable else None  # not of what the cache gave
         moment = now()
-        stored = self._store.finish(task.id, task.result, task.started_at or moment, moment, key)
-        stored.add_done_callback(partial(self._stored, task))
+        stored = self._store.finish(task.id, result, task.started_at or moment, moment, key)
+        stored.add_done_callback(lambda stored: self._stored(task, stored.exception()))
 
-    def _stored(self, task: _Task, stored: "Future[None]") -> None:
+    def _stored(self, task: _Task, error: Optional[BaseException]) -> None:
         """In the store's thread: the result is in the database, or could not be written."""
-        error = stored.exception()
         with self._changed:
-            self._is_store_failing = error is not None and task.id in self._out
+            self._is_store_failing = error is not None
             if error is None:
                 self._let_go(task)
-            elif task.id in self._out:
+            else:
                 logger.error("can't store a result, trying again: %s", error)
                 task.is_unstored = True
                 self._postpone(task, _AGAIN)
@@ -189,7 +185,10 @@ class Workers:
                 moment = time.monotonic()
                 while self._waiting and self._waiting[0][0] <= moment:
                     due = heapq.heappop(self._waiting)[2]
-                    (self._queue if due.result is None else self._store_result)(due)
+                    if due.result is None:
+                        self._queue(due)
+                    else:
+                        self._end(due, due.result)
                 task = self._next(moment)
                 if task is not None:
                     self._changed.notify()  # one thread wakes the next, while there is something to do
@@ -224,8 +223,7 @@ class Workers:
         if task.id not in self._out:
             return False
         if task.account.verdict is not None:
-            task.result = _failure(f"not called: {task.account.verdict}")
-            self._store_result(task)
+            self._end(task, _failure(f"not called: {task.account.verdict}"))
             return False
         cost = self._budget.reserve(task.estimate)
         if cost is None:
@@ -272,8 +270,7 @@ class Workers:
                 return
             error = f"{error} (tried {max(task.tries, account.rounds)} times)"
         task.is_usable = outcome.is_usable
-        task.result = (outcome.result or _failure(error))._replace(duration=outcome.duration)
-        self._store_result(task)
+        self._end(task, (outcome.result or _failure(error))._replace(duration=outcome.duration))
 
     def _repeat(self, task: _Task, outcome: Outcome) -> None:
         """Let a task wait for another try."""
@@ -323,12 +320,11 @@ class Workers:
     def _admit(self, task: _Task) -> None:
         """Find the way to a task's answer: the cache, an identical task, or a call."""
         leader = self._leaders.get(task.group) if task.use_cache else None
-        if task.use_cache and leader is None:
-            task.result = self._store.cached(task.key)
+        cached = self._store.cached(task.key) if task.use_cache and leader is None else None
         self._out[task.id] = task
         self._out_per_batch[batch_number(task.id)] += 1
-        if task.result is not None:
-            self._store_result(task)
+        if cached is not None:
+            self._end(task, cached)
         elif leader is not None:
             leader.followers.append(task)
         else:
@@ -346,8 +342,7 @@ class Workers:
         followers = [follower for follower in task.followers if follower.id in self._out]
         if task.result is not None and task.is_usable:
             for follower in followers:
-                follower.result = task.result._replace(cached=True)
-                self._store_result(follower)
+                self._end(follower, task.result._replace(cached=True))
             return
         parts = [followers] if task.result is None else [followers[::2], followers[1::2]]  # deleted: it was no failure
         for leader, *followers in filter(None, parts):
