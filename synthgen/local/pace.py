@@ -11,6 +11,7 @@ from typing import Any, Deque, Dict, List, NamedTuple, Optional
 
 from .._estimates import output_limit, prompt_characters, to_tokens
 from .provider import CallPolicy, Kind, Outcome, Told
+from .store import batch_number
 
 #: So many calls in a row with no answer: the provider is away. So many denied: there is no account.
 _AWAY_AFTER = _DENIED_AFTER = 5
@@ -72,8 +73,8 @@ class _Turns:
     def __init__(self) -> None:
         self._batches: OrderedDict[int, Deque[Any]] = OrderedDict()
 
-    def append(self, batch: int, task: Any) -> None:
-        self._batches.setdefault(batch, deque()).append(task)
+    def append(self, task: Any) -> None:
+        self._batches.setdefault(batch_number(task.id), deque()).append(task)
 
     def first(self) -> Any:
         """The next one; None where nothing waits."""

@@ -69,9 +69,8 @@ class Workers:
         #: The tasks that are out of the database, by row id, and how many of each batch are.
         self._out: Dict[int, _Task] = {}
         self._out_per_batch: Counter[int] = Counter()
-        #: By provider and a digest of the key; and those that have tasks to call.
+        #: By provider and a digest of the key.
         self._accounts: Dict[bytes, Account] = {}
-        self._queued: List[Account] = []
         #: The tasks that wait for money, and those that wait for a moment.
         self._unaffordable: Deque[_Task] = deque()
         self._waiting: List[Tuple[float, int, _Task]] = []
@@ -139,7 +138,8 @@ class Workers:
             if repeating:
                 count = f"calls that failed and will be made again: {repeating:,}"
                 troubles.append(f"{count}; the last: {self._last_error}")
-            is_idle = not (self._budget.running or self._queued or self._waiting)
+            is_queued = any(account.waiting.first() for account in self._accounts.values())
+            is_idle = not (self._budget.running or is_queued or self._waiting)
             is_out_of_money = is_idle and any(task.id in self._out for task in self._unaffordable)
             if is_out_of_money:
                 troubles.append(f"the budget of {self._budget.cap:g} is used up, {self._budget.spent:.6g} were spent")
@@ -186,15 +186,15 @@ class Workers:
                 while self._waiting and self._waiting[0][0] <= moment:
                     due = heapq.heappop(self._waiting)[2]
                     if due.result is None:
-                        self._queue(due)
+                        due.account.waiting.append(due)
                     else:
                         self._end(due, due.result)
-                task = self._next(moment)
+                task, delay = self._next(moment)
                 if task is not None:
                     self._changed.notify()  # one thread wakes the next, while there is something to do
                     return task
                 try:
-                    pause = 0.0 if self._read() else self._idle_time(moment)
+                    pause = 0.0 if self._read() else delay
                 except sqlite3.Error as exc:
                     logger.error("can't read what to do next, trying again: %s", exc)
                     pause = _AGAIN
@@ -203,20 +203,19 @@ class Workers:
 
     # Under the lock.
 
-    def _next(self, moment: float) -> Optional[_Task]:
-        """A task that may be called now."""
-        if self._is_store_failing:
-            return None
-        for account in list(self._queued):
-            task: Optional[_Task] = account.waiting.first()
-            while task is not None and (task.id not in self._out or account.delay(task.estimate, moment) <= 0):
+    def _next(self, moment: float) -> Tuple[Optional[_Task], float]:
+        """A task that may be called now, or how long until there may be one."""
+        delays = [threading.TIMEOUT_MAX, *(due - moment for due, _, _ in self._waiting[:1])]
+        for account in [] if self._is_store_failing else self._accounts.values():
+            for task in iter(account.waiting.first, None):
+                delay = account.delay(task.estimate, moment) if task.id in self._out else 0.0
+                if delay > 0:
+                    delays.append(delay)
+                    break
                 account.waiting.pop()
                 if self._start(task, moment):
-                    return task
-                task = account.waiting.first()
-            if task is None:
-                self._queued.remove(account)
-        return None
+                    return task, 0.0
+        return None, min(delays)
 
     def _start(self, task: _Task, moment: float) -> bool:
         """Take a task to be called, if it was not deleted, its account is in order, and there is money for it."""
@@ -233,22 +232,8 @@ class Workers:
         task.started_at = task.started_at or now()
         return True
 
-    def _queue(self, task: _Task) -> None:
-        """Let a task wait until its account may be called."""
-        task.account.waiting.append(batch_number(task.id), task)
-        if task.account not in self._queued:
-            self._queued.append(task.account)
-
     def _postpone(self, task: _Task, seconds: float) -> None:
         heapq.heappush(self._waiting, (time.monotonic() + seconds, task.id, task))
-
-    def _idle_time(self, moment: float) -> float:
-        """How long until there may be something to do."""
-        queued = [] if self._is_store_failing else self._queued
-        waits = [account.delay(account.waiting.first().estimate, moment) for account in queued]
-        if self._waiting:
-            waits.append(self._waiting[0][0] - moment)
-        return min([*waits, threading.TIMEOUT_MAX])
 
     def _learn(self, task: _Task, outcome: Outcome) -> None:
         """What a call has come to: the task's result, or another try."""
@@ -257,10 +242,11 @@ class Workers:
         account.ended(call, outcome, time.monotonic())
         self._budget.ended(call.cost, outcome)
         while self._unaffordable:
-            self._queue(self._unaffordable.popleft())
+            unaffordable = self._unaffordable.popleft()
+            unaffordable.account.waiting.append(unaffordable)
         error = outcome.error
         if outcome.kind is Kind.REFUSED:
-            self._queue(task)
+            task.account.waiting.append(task)
             return
         if outcome.kind is Kind.FAILED:
             if outcome.is_reached or not account.is_away:  # else it is not the task's fault
@@ -280,7 +266,7 @@ class Workers:
         status = "Provider error" if status.startswith("Provider error: ") else status + ")" * bool(is_answer)
         self._last_error = f"{task.account.name}: {status}"
         if task.account.is_away:
-            self._queue(task)
+            task.account.waiting.append(task)
         else:
             self._postpone(task, self._policy.pause(task.tries, outcome.retry_after))
 
@@ -330,7 +316,7 @@ class Workers:
         else:
             if task.use_cache:
                 self._leaders[task.group] = task
-            self._queue(task)
+            task.account.waiting.append(task)
 
     def _let_go(self, task: _Task) -> None:
         """A task has ended, or was deleted: whoever waits for its answer goes on."""
@@ -348,7 +334,7 @@ class Workers:
         for leader, *followers in filter(None, parts):
             leader.followers = followers
             self._leaders[task.group] = leader
-            self._queue(leader)
+            leader.account.waiting.append(leader)
 
 
 def _failure(error: str) -> Result:
