@@ -262,8 +262,7 @@ class Workers:
         """Let a task wait for another try."""
         task.is_repeating = True
         # What the provider said may hold the prompt, and anybody may ask for /health.
-        status, is_answer, _ = outcome.error.partition("): ")
-        status = "Provider error" if status.startswith("Provider error: ") else status + ")" * bool(is_answer)
+        status = outcome.error.partition(": ")[0] if outcome.is_reached else outcome.error
         self._last_error = f"{task.account.name}: {status}"
         if task.account.is_away:
             task.account.waiting.append(task)
