@@ -7,7 +7,7 @@ what becomes of each call, under the workers' lock. Times are in seconds, by ``t
 import math
 import time
 from collections import OrderedDict, deque
-from typing import Any, Deque, Dict, List, NamedTuple, Optional
+from typing import Any, Deque, List, NamedTuple, Optional
 
 from .._estimates import output_limit, prompt_characters, to_tokens
 from .provider import CallPolicy, Kind, Outcome, Told
@@ -370,10 +370,6 @@ class Budget:
             self._largest_output = max(self._largest_output, result.completion_tokens)
             used = self._limits.cost(result.prompt_tokens, result.completion_tokens)
             self.spent += used if result.total_tokens else cost
-
-    def as_json(self, waiting: int) -> Optional[Dict[str, Any]]:
-        """For ``/health``; None where there is no cap."""
-        return None if self.cap is None else {"spent": self.spent, "cap": self.cap, "waiting": waiting}
 
 
 def _clock(moment: float) -> str:

@@ -138,12 +138,13 @@ class Workers:
             if repeating:
                 count = f"calls that failed and will be made again: {repeating:,}"
                 troubles.append(f"{count}; the last: {self._last_error}")
+            spent, cap = self._budget.spent, self._budget.cap
             is_queued = any(account.waiting.first() for account in self._accounts.values())
             is_idle = not (self._budget.running or is_queued or self._waiting)
-            is_out_of_money = is_idle and any(task.id in self._out for task in self._unaffordable)
-            if is_out_of_money:
-                troubles.append(f"the budget of {self._budget.cap:g} is used up, {self._budget.spent:.6g} were spent")
-            budget = self._budget.as_json(unfinished if is_out_of_money else 0)
+            waiting = unfinished if is_idle and any(task.id in self._out for task in self._unaffordable) else 0
+            if waiting:
+                troubles.append(f"the budget of {cap:g} is used up, {spent:.6g} were spent")
+            budget = None if cap is None else {"spent": spent, "cap": cap, "waiting": waiting}
             unstored = sum(task.is_unstored for task in self._out.values())
             return unstored, "; ".join(filter(None, troubles)) or None, budget
 
