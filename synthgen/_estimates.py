@@ -6,6 +6,7 @@ from hashlib import blake2b
 from typing import Any, Dict, Iterable, List, Optional, Set, Tuple
 from urllib.parse import urlsplit
 
+from ._completions import at
 from ._progress import duration, money
 from .models import Task
 
@@ -26,11 +27,8 @@ def to_tokens(characters: int) -> int:
 
 def output_limit(body: Any) -> Optional[int]:
     """The most tokens that a body allows to answer with; None where it does not say."""
-    config = body.get("generationConfig")
-    limits = [body.get(name) for name in _OUTPUT_LIMITS]
-    limits.append(config.get("maxOutputTokens") if isinstance(config, dict) else None)
-    answers = [body.get(name) for name in ("n", "best_of")]
-    answers.append(config.get("candidateCount") if isinstance(config, dict) else None)
+    limits = [*(body.get(name) for name in _OUTPUT_LIMITS), at(body, "generationConfig", "maxOutputTokens")]
+    answers = [body.get("n"), body.get("best_of"), at(body, "generationConfig", "candidateCount")]
     count = max([1, *(number for number in answers if isinstance(number, int) and number < 1 << 20)])
     limit = next((limit for limit in limits if isinstance(limit, (int, float)) and 0 < limit < 1 << 40), None)
     return None if limit is None else int(limit) * count
