@@ -77,7 +77,7 @@ class LocalServer:
         self._address = (host, port)
         self._workers = workers
         self._limits = Limits(rpm, tpm, max_cost, input_cost, output_cost)
-        self._opened: Optional[ExitStack] = None
+        self._opened = ExitStack()
         self._url: Optional[str] = None
 
     def __repr__(self) -> str:
@@ -92,16 +92,16 @@ class LocalServer:
 
     def start(self) -> None:
         """Listen, and run what is unfinished in the database; nothing if it was started before."""
-        if self._opened is not None:
+        if self._url is not None:
             return
         with ExitStack() as opened:
             self._file = None if self._database == ":memory:" else os.path.realpath(self._database)
             self._store = opened.enter_context(closing(Store(self._database)))
             workers = opened.enter_context(closing(Workers(self._store, self._workers, self._policy, self._limits)))
             api = API(self._store, workers, self.api_key)
-            self._url = opened.enter_context(closing(WebServer(*self._address, respond=api))).url
+            server = opened.enter_context(closing(WebServer(*self._address, respond=api)))
             workers.start()  # now that nothing can fail: calls cost money
-            self._opened = opened.pop_all()
+            self._opened, self._url = opened.pop_all(), server.url
 
     def close(self) -> None:
         """End every connection and every thread; twice is fine.
@@ -109,9 +109,8 @@ class LocalServer:
         Calls to providers that are running are broken off. Their tasks stay PENDING, and are called
         again when a server is started on the same file.
         """
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = self._url = None
+        self._opened.close()
+        self._url = None
 
     @property
     def url(self) -> str:
