@@ -1,10 +1,9 @@
 """Statistics over time: minutes added up to calendar intervals, in UTC."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from datetime import datetime, timedelta, timezone
 from typing import Any, Dict, Iterable, List, Mapping, Optional
-from typing import Counter as CounterType
 
 #: In microseconds, as all times in the store.
 MINUTE = 60_000_000
@@ -46,10 +45,9 @@ def parse_time_range(text: str) -> int:
 
 def time_series(minutes: Iterable[Mapping[str, int]], interval: str) -> List[Dict[str, Any]]:
     """One point for each interval in which something happened, oldest first."""
-    buckets: Dict[datetime, CounterType[str]] = {}
+    buckets: Dict[datetime, Counter[str]] = defaultdict(Counter)
     for minute in minutes:
-        start = _start(_EPOCH + timedelta(minutes=minute["minute"]), interval)
-        buckets.setdefault(start, Counter()).update(minute)
+        buckets[_start(_EPOCH + timedelta(minutes=minute["minute"]), interval)].update(minute)
     return [
         {
             "timestamp": start.strftime("%Y-%m-%d %H:%M:%S"),
@@ -63,9 +61,7 @@ def time_series(minutes: Iterable[Mapping[str, int]], interval: str) -> List[Dic
 
 def summary(minutes: Iterable[Mapping[str, int]]) -> Dict[str, Any]:
     """All minutes together."""
-    sums: CounterType[str] = Counter()
-    for minute in minutes:
-        sums.update(minute)
+    sums: Counter[str] = sum(map(Counter, minutes), Counter())
     return {
         **{name: sums[name] for name in (*_SUMS, "processing_tasks")},
         "total_prompt_tokens": sums["prompt_tokens"],
