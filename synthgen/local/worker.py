@@ -12,7 +12,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, defaultdict, deque
 from typing import Any, DefaultDict, Deque, Dict, List, Optional, Tuple
 from urllib.parse import urlsplit
 
@@ -65,7 +65,7 @@ class Workers:
         self._changed = threading.Condition()
         self._is_closing = False
         #: Batches with tasks still to be read, each with the row id that was read last; the next one to read first.
-        self._unread: OrderedDict[int, int] = OrderedDict((batch, 0) for batch in store.unfinished_batches())
+        self._unread = dict.fromkeys(store.unfinished_batches(), 0)
         #: The tasks that are out of the database, by row id, and how many of each batch are.
         self._out: Dict[int, _Task] = {}
         self._out_per_batch: Counter[int] = Counter()
@@ -294,11 +294,9 @@ class Workers:
                 if row["id"] not in self._out:  # read before it was known that the batch had grown
                     self._admit(_Task(row, self._account(row["url"], row["api_key"])))
                     count += 1
-            if rows:
-                self._unread[batch] = rows[-1]["id"]
-            self._unread.move_to_end(batch)
-            if len(rows) < limit:
-                del self._unread[batch]
+            del self._unread[batch]
+            if len(rows) >= limit:  # there may be more: the others come first
+                self._unread[batch] = rows[-1]["id"] if rows else after
             if count >= wanted:
                 break
         return count
