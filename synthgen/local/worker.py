@@ -42,7 +42,7 @@ class _Task:
         self.group = self.key, account
         self.estimate = account.estimate(body)
         self.started_at: Optional[int] = None
-        self.call: Optional[Call] = None
+        self.call: Call  # the last one, once there is one
         self.tries = 0
         self.result: Optional[Result] = None
         #: Whether its call failed and will be made again; whether its result could not be stored yet.
@@ -214,14 +214,12 @@ class Workers:
                     delays.append(delay)
                     break
                 account.waiting.pop()
-                if self._start(task, moment):
+                if task.id in self._out and self._start(task, moment):
                     return task, 0.0
         return None, min(delays)
 
     def _start(self, task: _Task, moment: float) -> bool:
-        """Take a task to be called, if it was not deleted, its account is in order, and there is money for it."""
-        if task.id not in self._out:
-            return False
+        """Take a task to be called, if its account is in order, and there is money for it."""
         if task.account.verdict is not None:
             self._end(task, _failure(f"not called: {task.account.verdict}"))
             return False
@@ -238,16 +236,15 @@ class Workers:
 
     def _learn(self, task: _Task, outcome: Outcome) -> None:
         """What a call has come to: the task's result, or another try."""
-        account, call = task.account, task.call
-        assert call is not None
-        account.ended(call, outcome, time.monotonic())
-        self._budget.ended(call.cost, outcome)
+        account = task.account
+        account.ended(task.call, outcome, time.monotonic())
+        self._budget.ended(task.call.cost, outcome)
         while self._unaffordable:
             unaffordable = self._unaffordable.popleft()
             unaffordable.account.waiting.append(unaffordable)
         error = outcome.error
         if outcome.kind is Kind.REFUSED:
-            task.account.waiting.append(task)
+            account.waiting.append(task)
             return
         if outcome.kind is Kind.FAILED:
             if outcome.is_reached or not account.is_away:  # else it is not the task's fault
