@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from typing import Any, DefaultDict, Deque, Dict, List, Optional, Tuple
+from typing import Any, Callable, DefaultDict, Deque, Dict, List, Optional, Tuple
 from urllib.parse import urlsplit
 
 from .pace import Account, Budget, Call, Limits
@@ -71,9 +71,9 @@ class Workers:
         self._out_per_batch: Counter[int] = Counter()
         #: By provider and a digest of the key.
         self._accounts: Dict[bytes, Account] = {}
-        #: The tasks that wait for money, and those that wait for a moment.
+        #: The tasks that wait for money; and those that wait for a moment, each with what is done then.
         self._unaffordable: Deque[_Task] = deque()
-        self._waiting: List[Tuple[float, int, _Task]] = []
+        self._waiting: List[Tuple[float, int, Callable[[], None]]] = []
         #: Why the last of the calls failed that will be made again.
         self._last_error = ""
         #: Whether the last result could not be stored. Then no call is made: it would be paid for, and perhaps lost.
@@ -163,9 +163,9 @@ class Workers:
         key = task.key if task.is_usable else None  # not of what the cache gave
         moment = now()
         stored = self._store.finish(task.id, result, task.started_at or moment, moment, key)
-        stored.add_done_callback(lambda stored: self._stored(task, stored.exception()))
+        stored.add_done_callback(lambda stored: self._stored(task, result, stored.exception()))
 
-    def _stored(self, task: _Task, error: Optional[BaseException]) -> None:
+    def _stored(self, task: _Task, result: Result, error: Optional[BaseException]) -> None:
         """In the store's thread: the result is in the database, or could not be written."""
         with self._changed:
             self._is_store_failing = error is not None
@@ -174,7 +174,7 @@ class Workers:
             else:
                 logger.error("can't store a result, trying again: %s", error)
                 task.is_unstored = True
-                self._postpone(task, _AGAIN)
+                self._postpone(task, _AGAIN, lambda: self._end(task, result))
             self._changed.notify()
 
     def _take(self, ended: Optional[Tuple[_Task, Outcome]] = None) -> Optional[_Task]:
@@ -185,11 +185,7 @@ class Workers:
             while not self._is_closing:
                 moment = time.monotonic()
                 while self._waiting and self._waiting[0][0] <= moment:
-                    due = heapq.heappop(self._waiting)[2]
-                    if due.result is None:
-                        due.account.waiting.append(due)
-                    else:
-                        self._end(due, due.result)
+                    heapq.heappop(self._waiting)[2]()
                 task, delay = self._next(moment)
                 if task is not None:
                     self._changed.notify()  # one thread wakes the next, while there is something to do
@@ -231,8 +227,8 @@ class Workers:
         task.started_at = task.started_at or now()
         return True
 
-    def _postpone(self, task: _Task, seconds: float) -> None:
-        heapq.heappush(self._waiting, (time.monotonic() + seconds, task.id, task))
+    def _postpone(self, task: _Task, seconds: float, then: Callable[[], None]) -> None:
+        heapq.heappush(self._waiting, (time.monotonic() + seconds, task.id, then))
 
     def _learn(self, task: _Task, outcome: Outcome) -> None:
         """What a call has come to: the task's result, or another try."""
@@ -265,7 +261,8 @@ class Workers:
         if task.account.is_away:
             task.account.waiting.append(task)
         else:
-            self._postpone(task, self._policy.pause(task.tries, outcome.retry_after))
+            pause = self._policy.pause(task.tries, outcome.retry_after)
+            self._postpone(task, pause, lambda: task.account.waiting.append(task))
 
     def _account(self, url: str, api_key: Optional[str]) -> Account:
         """The account that a call belongs to."""
