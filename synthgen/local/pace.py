@@ -345,25 +345,22 @@ class Budget:
         self.cap: Optional[float] = limits.max_cost
         self.spent: float = limits.cost(prompt_tokens, completion_tokens)
         self._limits = limits
-        self._reserved = 0.0
         self._largest_output = _LEAST_OUTPUT
-        #: How many calls run.
-        self.running: int = 0
+        #: What the calls that run may cost, each.
+        self.running: List[float] = []
 
     def reserve(self, estimate: Estimate) -> Optional[float]:
         """Put aside what a call may cost: so much, or None if there is no room for it."""
         prompt, limit = estimate
         cost = self._limits.cost(prompt, self._largest_output if limit is None else limit)
-        if self.cap is not None and self.spent + self._reserved + cost > self.cap * (1 + 1e-9):
+        if self.cap is not None and self.spent + sum(self.running) + cost > self.cap * (1 + 1e-9):
             return None
-        self._reserved += cost
-        self.running += 1
+        self.running.append(cost)
         return cost
 
     def ended(self, cost: float, outcome: Outcome) -> None:
         """A call has ended, for which so much was put aside; one that does not tell its tokens cost that."""
-        self.running -= 1
-        self._reserved = self._reserved - cost if self.running else 0.0
+        self.running.remove(cost)
         result = outcome.result
         if result is not None:
             self._largest_output = max(self._largest_output, result.completion_tokens)
