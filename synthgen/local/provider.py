@@ -37,8 +37,8 @@ _NO_ACCOUNT = re.compile(
 )
 _TOLD = ("x-ratelimit-{1}-{0}", "anthropic-ratelimit-{0}-{1}")
 #: A duration as OpenAI writes it, such as 6m0s or 20ms; a bare number is seconds.
-_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)(?:s|$))?(?:([\d.]+)ms)?")
-_DURATION_UNITS = (86400.0, 3600.0, 60.0, 1.0, 0.001)
+_DURATION = re.compile(r"([\d.]+)(ms|[dhms]|$)")
+_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "": 1.0, "ms": 0.001}
 #: Limits are reset within a day or so: a larger number is no duration, and a later time no time of reset.
 _LONGEST_RESET = 7 * 86400
 
@@ -288,10 +288,9 @@ def _seconds(text: str, date: Optional[str]) -> float:
     """How long until a limit is reset: a duration, or a time, by the provider's own clock."""
     is_epoch = text.isdigit() and int(text) > _LONGEST_RESET
     if not is_epoch and "T" not in text:
-        match = _DURATION.fullmatch(text)
-        if not match:
+        if _DURATION.sub("", text):
             raise ValueError(text)
-        return sum(float(count) * unit for count, unit in zip(match.groups(), _DURATION_UNITS) if count)
+        return sum(float(count) * _UNITS[unit] for count, unit in _DURATION.findall(text))
     now = parsedate_tz(date or formatdate())
     if now is None:
         raise ValueError(date)
