@@ -16,7 +16,7 @@ from email.message import Message
 from http import HTTPStatus
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Union
+from typing import Any, Callable, Dict, Iterable, Mapping, NamedTuple, Optional, Union
 from urllib.parse import parse_qsl, unquote
 
 from ..exceptions import ConfigurationError
@@ -27,6 +27,8 @@ _MAX_CONNECTIONS = 200
 #: Seconds after which a connection without a request is closed: if others wait to be accepted, and in any case.
 _MIN_IDLE = 1.0
 _MAX_IDLE = 120.0
+#: Seconds until it is seen that one has ended, when there are so many.
+_FULL_PAUSE = 0.01
 _MAX_BACKLOG = 128
 _MAX_HEAD_BYTES = 128 << 10
 _MAX_BODY_BYTES = 256 << 20
@@ -258,54 +260,48 @@ class WebServer:
         self._address = (host, port)
         self.url: str = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._is_open = True
-        self._connections: Set[socket.socket] = set()
-        self._changed = threading.Condition()
-        self._threads: List[threading.Thread] = []
+        self._connections: Dict[threading.Thread, socket.socket] = {}
         self._accepting = threading.Thread(target=self._accept, name="synthgen-accept", daemon=True)
         self._accepting.start()
 
     @property
     def is_full(self) -> bool:
         """Whether no more connections are accepted, until one of them ends."""
-        return len(self._connections) >= _MAX_CONNECTIONS
+        return sum(thread.is_alive() for thread in self._connections) >= _MAX_CONNECTIONS
 
     def close(self) -> None:
         """End every connection and every thread; twice is fine."""
-        with self._changed:
-            self._is_open = False
-            for connection in self._connections:
-                _shut(connection)
-            self._changed.notify()
+        self._is_open = False
         while self._accepting.is_alive():
             with suppress(OSError):  # one more connection, for who waits for one
                 socket.create_connection(self._address, timeout=1).close()
             self._accepting.join(0.1)
-        for thread in self._threads:
+        for thread, connection in self._connections.items():
+            with suppress(OSError):  # gone already
+                connection.shutdown(socket.SHUT_RDWR)
             thread.join()
         self._listener.close()
 
     def _accept(self) -> None:
         while self._is_open:
-            with self._changed:
-                self._changed.wait_for(lambda: not (self.is_full and self._is_open))
+            if self.is_full:
+                time.sleep(_FULL_PAUSE)
+                continue
             try:
                 connection, address = self._listener.accept()
             except OSError as exc:  # no file descriptors left, or the client is gone already
                 logger.warning("can't accept a connection: %s", exc)
                 time.sleep(0.1)
                 continue
-            with self._changed:
-                self._connections.add(connection)
-                if not self._is_open:
-                    _shut(connection)
             thread = threading.Thread(target=self._serve, args=(connection, address), name="synthgen-http", daemon=True)
             try:
                 thread.start()
             except RuntimeError as exc:  # no more threads
                 logger.warning("can't serve a connection: %s", exc)
-                self._forget(connection)
+                connection.close()
             else:
-                self._threads = [thread, *(other for other in self._threads if other.is_alive())]
+                alive = {other: of_other for other, of_other in self._connections.items() if other.is_alive()}
+                self._connections = {**alive, thread: connection}
 
     def _serve(self, connection: socket.socket, address: Any) -> None:
         try:
@@ -315,19 +311,7 @@ class WebServer:
         except Exception as exc:  # in mid-stream, too late for another status; a body that breaks off says it
             _log_failure(exc)
         finally:
-            self._forget(connection)
-
-    def _forget(self, connection: socket.socket) -> None:
-        connection.close()
-        with self._changed:
-            self._connections.remove(connection)
-            self._changed.notify()
-
-
-def _shut(connection: socket.socket) -> None:
-    """End whatever reads or writes on a connection, in any thread."""
-    with suppress(OSError):  # gone already
-        connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
 
 
 def _log_failure(exc: Exception) -> None:
