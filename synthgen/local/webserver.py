@@ -16,6 +16,7 @@ from email.message import Message
 from http import HTTPStatus
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler
+from itertools import chain
 from typing import Any, Callable, Dict, Iterable, Mapping, NamedTuple, Optional, Union
 from urllib.parse import parse_qsl, unquote
 
@@ -195,15 +196,15 @@ class _Connection(BaseHTTPRequestHandler):
 
     def _send(self, response: Response) -> None:
         body, headers = response.body, {**response.headers, "Content-Type": response.content_type}
-        is_chunked = False
         if self._expects_continue or self._unread > _MAX_BODY_BYTES:
             self.close_connection = True
         if isinstance(body, bytes):
             if response.status != 204:
                 headers["Content-Length"] = str(len(body))
+            body = [b"" if self.command == "HEAD" else body]
         elif self.request_version == "HTTP/1.1":
-            is_chunked = True
             headers["Transfer-Encoding"] = "chunked"
+            body = (b"%x\r\n%b\r\n" % (len(part), part) for part in chain(body, [b""]))  # an empty one is the end
         else:
             self.close_connection = True
         if self.close_connection:
@@ -212,14 +213,9 @@ class _Connection(BaseHTTPRequestHandler):
         lines += [f"{name}: {value}" for name, value in headers.items()]
         head = "\r\n".join([*lines, "", ""]).encode("latin-1")
         self.connection.settimeout(_WRITE_SECONDS)
-        if isinstance(body, bytes):
-            self.connection.sendall(head + (b"" if self.command == "HEAD" else body))
-            return
-        self.connection.sendall(head)
-        for chunk in body:
-            self.connection.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk) if is_chunked else chunk)
-        if is_chunked:
-            self.connection.sendall(b"0\r\n\r\n")
+        parts = iter(body)
+        for part in chain([head + next(parts, b"")], parts):  # the first together with the head, in one packet
+            self.connection.sendall(part)
 
     def _error(self, error: HTTPError) -> Response:
         return json_response(self.server.error_body(error), error.status, error.headers)
