@@ -111,13 +111,14 @@ class _Connection(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    rfile: io.BufferedReader
     server: "WebServer"  # type: ignore[assignment]
 
     def setup(self) -> None:
         super().setup()
         self.rfile.close()
         self._incoming = _Incoming(self.connection)
-        self.rfile = self._reader = io.BufferedReader(self._incoming)
+        self.rfile = io.BufferedReader(self._incoming)
 
     def handle_one_request(self) -> None:
         self.close_connection = True
@@ -133,7 +134,7 @@ class _Connection(BaseHTTPRequestHandler):
         while time.monotonic() < end:
             self._incoming.allow(min(_MIN_IDLE, _MAX_IDLE))
             with suppress(socket.timeout):
-                return bool(self._reader.peek(1))
+                return bool(self.rfile.peek(1))
             if self.server.is_full:
                 break
         return False
@@ -188,11 +189,9 @@ class _Connection(BaseHTTPRequestHandler):
         if self.close_connection:
             self.connection.shutdown(socket.SHUT_WR)
         self._incoming.allow(_UNWANTED_SECONDS)
-        while self._unread and not self._expects_continue:
-            received = len(self.rfile.read1(min(self._unread, 1 << 16)))
-            self._unread -= received
-            if not received:
-                break
+        if not self._expects_continue:
+            for received in iter(lambda: self.rfile.read1(min(self._unread, 1 << 16)), b""):
+                self._unread -= len(received)
 
     def _send(self, response: Response) -> None:
         body, headers = response.body, {**response.headers, "Content-Type": response.content_type}
