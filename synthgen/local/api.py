@@ -84,10 +84,9 @@ class API:
 
     def _authenticate(self, request: Request) -> None:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        if not scheme:
-            raise HTTPError(401, "Not authenticated", {"WWW-Authenticate": "Bearer"})
         if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self._api_key):
-            raise HTTPError(401, "Invalid authentication credentials", {"WWW-Authenticate": "Bearer"})
+            message = "Invalid authentication credentials" if scheme else "Not authenticated"
+            raise HTTPError(401, message, {"WWW-Authenticate": "Bearer"})
 
     def _health(self, request: Request) -> Response:
         counters = self._counters(self._store.totals(), sum(map(len, self._workers.processing().values())))

@@ -91,10 +91,8 @@ def read_rows(content: bytes) -> List[Tuple[Any, ...]]:
                 rows.append(_row(line))
             except ValueError as exc:  # pydantic's is one
                 problems.append(problem(f"line {number}: {_fault(exc)}", "body", "file", number))
-    if not rows and not problems:
-        problems = [problem("the file has no tasks", "body", "file")]
-    if problems:
-        raise HTTPError(422, problems)
+    if problems or not rows:
+        raise HTTPError(422, problems or [problem("the file has no tasks", "body", "file")])
     return rows
 
 
