@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tupl
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..models import CalendarInterval, TaskStatus
-from .store import Conflict, Store, Upload, batch_number, now
+from .store import Store, batch_number, now
 from .uploads import problem, read_file, read_rows
 from .usage import MINUTE, format_time, parse_time_range, summary, time_series
 from .webserver import HTTPError, Request, Response, json_response
@@ -116,12 +116,10 @@ class API:
             raise HTTPError(422, [problem(message, "query", "batch_id", given=batch_id)])
         content = read_file(request.headers.get("Content-Type", ""), request.body())
         digest = hashlib.sha256(batch_id.encode("utf-8") + b"\n" + content).digest()
-        upload = Upload(batch_id or None, read_rows(content), request.headers.get("Idempotency-Key"), digest)
-        try:
-            stored = self._store.add(upload).result()
-        except Conflict:
+        stored = self._store.add(batch_id, read_rows(content), request.headers.get("Idempotency-Key"), digest).result()
+        if stored is None:
             message = "this Idempotency-Key was used for another upload"
-            raise HTTPError(422, [problem(message, "header", "Idempotency-Key")]) from None
+            raise HTTPError(422, [problem(message, "header", "Idempotency-Key")])
         if stored.first_task is not None:
             self._workers.added(stored.first_task)
         return json_response({"batch_id": stored.batch_id, "total_tasks": stored.tasks})

@@ -118,21 +118,6 @@ CREATE TABLE settings (id_prefix TEXT NOT NULL);
 _DELETED = "CREATE TABLE IF NOT EXISTS deleted (prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)"
 
 
-class Conflict(Exception):
-    """An idempotency key was used before, for another upload."""
-
-
-class Upload(NamedTuple):
-    """Tasks to store, and what to know the upload by when it comes again."""
-
-    #: None: the store makes one up.
-    batch_id: Optional[str]
-    #: custom_id, method, url, api_key, body, dataset, source, use_cache, track_progress; body and source as JSON.
-    rows: Sequence[Tuple[Any, ...]]
-    idempotency_key: Optional[str]
-    digest: bytes
-
-
 class Stored(NamedTuple):
     """What became of an upload."""
 
@@ -184,25 +169,25 @@ class Store:
 
     # What changes the database: each gives a future that is done when the change is committed.
 
-    def add(self, upload: Upload) -> "Future[Stored]":
-        """Store an upload, whole or not at all; its result is the same one when it comes again.
+    def add(
+        self, batch_id: str, rows: Sequence[Tuple[Any, ...]], key: Optional[str], digest: bytes
+    ) -> "Future[Optional[Stored]]":
+        """Store an upload, whole or not at all; one that comes again, with the same key and digest, only once.
 
-        Raises:
-            Conflict: From the future: the idempotency key belongs to another upload.
+        Rows are custom_id, method, url, api_key, body, dataset, source, use_cache, track_progress; body and source as
+        JSON. An empty batch id has one made up. None comes of it if the idempotency key belongs to another upload.
         """
 
-        def operation(connection: sqlite3.Connection) -> Stored:
-            key, size = upload.idempotency_key, len(upload.rows)
+        def operation(connection: sqlite3.Connection) -> Optional[Stored]:
             query = "SELECT digest, batch_id, tasks FROM uploads WHERE idempotency_key = ?"
             earlier = connection.execute(query, (key,)).fetchone()
-            if earlier and earlier["digest"] != upload.digest:
-                raise Conflict
             if earlier:
-                return Stored(earlier["batch_id"], earlier["tasks"], None)
-            batch_id = upload.batch_id or str(uuid4())
+                is_same = earlier["digest"] == digest
+                return Stored(earlier["batch_id"], earlier["tasks"], None) if is_same else None
+            batch, size = batch_id or str(uuid4()), len(rows)
             if key is not None:
-                connection.execute("INSERT INTO uploads VALUES (?, ?, ?, ?)", (key, upload.digest, batch_id, size))
-            return Stored(batch_id, size, _insert_tasks(connection, batch_id, upload.rows))
+                connection.execute("INSERT INTO uploads VALUES (?, ?, ?, ?)", (key, digest, batch, size))
+            return Stored(batch, size, _insert_tasks(connection, batch, rows))
 
         return self._database.write(operation)
 

@@ -23,7 +23,7 @@ from synthgen.exceptions import ConfigurationError
 from synthgen.local import LocalServer
 from synthgen.local import database as database_module
 from synthgen.local.database import Database
-from synthgen.local.store import Result, Store, Upload
+from synthgen.local.store import Result, Store
 
 pytestmark = pytest.mark.slow
 
@@ -212,7 +212,7 @@ def test_a_providers_key_is_in_no_copy_of_a_row_that_grew(database):
     bodies = [json.dumps("b" * chance.randint(40, 700)) for _ in range(1000)]
     rows = [("id", "POST", "http://p.test", "sk-sentinel", body, None, "null", True, False) for body in bodies]
     with closing(Store(database)) as store:
-        first = store.add(Upload("b", rows, None, b"")).result().first_task
+        first = store.add("b", rows, None, b"").result().first_task
         running, done = list(range(first, first + 1000)), []
         while running:  # about in order, as workers do it
             task_id = running.pop(chance.randrange(min(16, len(running))))
