@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tupl
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..models import CalendarInterval, TaskStatus
-from .store import Store, batch_number, now
+from .store import Store, batch_number, now, task_ids
 from .uploads import problem, read_file, read_rows
 from .usage import MINUTE, format_time, parse_time_range, summary, time_series
 from .webserver import HTTPError, Request, Response, json_response
@@ -134,9 +134,9 @@ class API:
         return json_response(self._batch(row, self._workers.processing()[row["number"]]) if row else None)
 
     def _delete_batch(self, request: Request, batch_id: str) -> Response:
-        task_ids = self._store.delete_batch(batch_id).result()
-        if task_ids:
-            self._workers.forget(*task_ids)
+        row = self._store.batch(batch_id)
+        if row:
+            self._delete(*task_ids(row["number"]))
         return Response(204)
 
     # Tasks.
@@ -161,11 +161,16 @@ class API:
         return Response(200, self._task(row, processing, "null").encode("ascii"))
 
     def _delete_task(self, request: Request, message_id: str) -> Response:
-        task_id = self._store.delete_task(message_id).result()
-        if task_id is None:
+        task_id = self._store.task_id(message_id)
+        if task_id is None or not self._delete(task_id, task_id + 1):
             raise HTTPError(404, f"Task with message_id {message_id} not found")
-        self._workers.forget(task_id, task_id + 1)
         return Response(204)
+
+    def _delete(self, first: int, end: int) -> int:
+        deleted = self._store.delete(first, end).result()
+        if deleted:
+            self._workers.forget(first, end)
+        return deleted
 
     # Statistics.
 

@@ -150,7 +150,7 @@ def batch_number(task_id: int) -> int:
     return task_id >> _TASK_BITS
 
 
-def _task_ids(batch: int) -> Tuple[int, int]:
+def task_ids(batch: int) -> Tuple[int, int]:
     """The row ids that tasks of a batch can have: the lowest, and one past the highest."""
     return batch << _TASK_BITS, (batch + 1) << _TASK_BITS
 
@@ -210,34 +210,17 @@ class Store:
 
         return self._database.write(operation)
 
-    def delete_batch(self, batch_id: str) -> "Future[Optional[Tuple[int, int]]]":
-        """Delete a batch; gives the row ids that were in it, first and one past the last, or None."""
+    def delete(self, first: int, end: int) -> "Future[int]":
+        """Delete the tasks with row ids from `first` to before `end`, and a batch with its last; gives how many."""
 
-        def operation(connection: sqlite3.Connection) -> Optional[Tuple[int, int]]:
-            row = connection.execute("SELECT number FROM batches WHERE batch_id = ?", (batch_id,)).fetchone()
-            if row is None:
-                return None
-            task_ids = _task_ids(row["number"])
-            query = "INSERT INTO deleted SELECT prompt_tokens, completion_tokens FROM batches WHERE number = ?"
-            connection.execute(query, (row["number"],))
-            connection.execute("DELETE FROM batches WHERE number = ?", (row["number"],))
-            connection.execute("DELETE FROM tasks WHERE id >= ? AND id < ?", task_ids)
+        def operation(connection: sqlite3.Connection) -> int:
+            query = """
+                INSERT INTO deleted SELECT SUM(prompt_tokens), SUM(completion_tokens)
+                FROM tasks WHERE id >= ? AND id < ? AND NOT cached GROUP BY id >> 32
+            """
+            connection.execute(query, (first, end))
             self._database.wipe()
-            return task_ids
-
-        return self._database.write(operation)
-
-    def delete_task(self, message_id: str) -> "Future[Optional[int]]":
-        """Delete a task; gives its row id, or None."""
-        task_id = self._task_id(message_id)
-
-        def operation(connection: sqlite3.Connection) -> Optional[int]:
-            query = "INSERT INTO deleted SELECT prompt_tokens, completion_tokens FROM tasks WHERE id = ? AND NOT cached"
-            connection.execute(query, (task_id,))
-            if not connection.execute("DELETE FROM tasks WHERE id = ?", (task_id,)).rowcount:
-                return None
-            self._database.wipe()
-            return task_id
+            return connection.execute("DELETE FROM tasks WHERE id >= ? AND id < ?", (first, end)).rowcount
 
         return self._database.write(operation)
 
@@ -267,7 +250,7 @@ class Store:
 
     def task(self, message_id: str) -> Optional[sqlite3.Row]:
         """The row of a task, with its ``batch_id``."""
-        task_id = self._task_id(message_id)
+        task_id = self.task_id(message_id)
         if task_id is None:
             return None
         query = "SELECT tasks.*, batch_id FROM tasks, batches WHERE id = ? AND number = ?"
@@ -278,7 +261,7 @@ class Store:
 
         A page has 100 rows, or fewer long ones; no transaction is open in between.
         """
-        first, end = _task_ids(batch)
+        first, end = task_ids(batch)
         query = """
             SELECT tasks.*, batch_id FROM tasks, batches WHERE number = ? AND id >= ? AND id < ?
             AND status = COALESCE(?, status) ORDER BY id DESC LIMIT ?
@@ -299,7 +282,7 @@ class Store:
 
     def usage_by_minute(self, batch: int, since: int) -> List[sqlite3.Row]:
         """Sums over the tasks that ended from `since` on, for each minute in which any did."""
-        first, end = _task_ids(batch)
+        first, end = task_ids(batch)
         query = """
             SELECT completed_at / 60000000 AS minute, COUNT(*) AS total_tasks,
                    SUM(status = 'COMPLETED' AND NOT cached) AS completed_tasks, SUM(status = 'FAILED') AS failed_tasks,
@@ -318,7 +301,7 @@ class Store:
 
     def unfinished_tasks(self, batch: int, after: int, limit: int) -> List[sqlite3.Row]:
         """What is needed to run a batch's next tasks; `after` is a row id."""
-        first, end = _task_ids(batch)
+        first, end = task_ids(batch)
         query = """
             SELECT id, method, url, CAST(api_key AS TEXT) AS api_key, body, use_cache, track_progress
             FROM tasks LEFT JOIN provider_keys ON number = key
@@ -346,7 +329,8 @@ class Store:
         """The public id of a task: the database's own prefix and the row id, in the form of a UUID."""
         return str(UUID(f"{self._id_prefix}{task_id:016x}"))
 
-    def _task_id(self, message_id: str) -> Optional[int]:
+    def task_id(self, message_id: str) -> Optional[int]:
+        """The row id of a task, which need not be there; None if the database gave no such public id."""
         try:
             task_id = UUID(message_id).int & ((1 << 63) - 1)
         except ValueError:
@@ -360,7 +344,7 @@ def _insert_tasks(connection: sqlite3.Connection, batch_id: str, rows: Sequence[
     connection.execute("INSERT OR IGNORE INTO batches (batch_id, created_at) VALUES (?, ?)", (batch_id, created))
     query = "SELECT number, last_task FROM batches WHERE batch_id = ?"
     batch, last = connection.execute(query, (batch_id,)).fetchone()
-    first: int = _task_ids(batch)[0] + last + 1
+    first: int = task_ids(batch)[0] + last + 1
     keys: Dict[Optional[str], Optional[int]] = {None: None}
     for api_key, count in Counter(row[3] for row in rows if row[3] is not None).items():
         insert = "INSERT INTO provider_keys (api_key) VALUES (?)"
