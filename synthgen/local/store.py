@@ -250,11 +250,8 @@ class Store:
 
     def task(self, message_id: str) -> Optional[sqlite3.Row]:
         """The row of a task, with its ``batch_id``."""
-        task_id = self.task_id(message_id)
-        if task_id is None:
-            return None
-        query = "SELECT tasks.*, batch_id FROM tasks, batches WHERE id = ? AND number = ?"
-        return self._read_one(query, task_id, batch_number(task_id))
+        query = "SELECT tasks.*, batch_id FROM tasks, batches WHERE id = ? AND number = id >> 32"
+        return self._read_one(query, self.task_id(message_id))
 
     def pages(self, batch: int, status: Optional[str] = None) -> Iterator[List[sqlite3.Row]]:
         """The rows of a batch's tasks, each with its ``batch_id``, newest first, a few at a time.
