@@ -8,7 +8,6 @@ Times are microseconds since 1970, durations milliseconds.
 """
 
 import os
-import secrets
 import sqlite3
 import time
 from collections import Counter
@@ -113,6 +112,7 @@ CREATE TRIGGER batch_deleted AFTER DELETE ON batches BEGIN  -- its uploads may b
     DELETE FROM uploads WHERE batch_id = OLD.batch_id;
 END;
 CREATE TABLE settings (id_prefix TEXT NOT NULL);
+INSERT INTO settings VALUES (LOWER(HEX(RANDOMBLOB(8))));
 """
 #: What was paid for and is deleted; files of version 1.0.0 have no such table.
 _DELETED = "CREATE TABLE IF NOT EXISTS deleted (prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)"
@@ -159,8 +159,7 @@ class Store:
     """The database, open until `close`."""
 
     def __init__(self, path: Union[str, "os.PathLike[str]"]) -> None:
-        schema = f"{_SCHEMA} INSERT INTO settings VALUES ('{secrets.token_hex(8)}');"
-        self._database = Database(path, schema, _DELETED, application_id=_APPLICATION_ID, version=_VERSION)
+        self._database = Database(path, _SCHEMA, _DELETED, application_id=_APPLICATION_ID, version=_VERSION)
         self._id_prefix: str = self._read("SELECT id_prefix FROM settings")[0]["id_prefix"]
 
     def close(self) -> None:
