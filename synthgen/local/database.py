@@ -151,10 +151,7 @@ class Database:
                 while len(group) < _MAX_GROUP:
                     group.append(self._writes.get_nowait())
             is_open = None not in group  # which is the last that comes
-            writes = [write for write in group if write is not None]
-            if writes:
-                self._write_group(writes)
-            self._wipe_if_wanted()
+            self._write_group([write for write in group if write is not None])
 
     def _write_group(self, group: List[_Write]) -> None:
         try:
@@ -174,14 +171,11 @@ class Database:
 
     def _wipe_if_wanted(self) -> None:
         """Empty the -wal file, where deleted data stays although secure_delete has cleared it in the database."""
-        if not self._wiped.is_set():
-            try:
-                is_busy = self._pragma("wal_checkpoint(TRUNCATE)")
-            except sqlite3.Error as exc:
-                logger.warning("can't empty %s-wal, trying again: %s", self._path, exc)
-                return
-            if not is_busy:
+        try:
+            if not self._wiped.is_set() and not self._pragma("wal_checkpoint(TRUNCATE)"):  # which gives 1 if busy
                 self._wiped.set()
+        except sqlite3.Error as exc:
+            logger.warning("can't empty %s-wal, trying again: %s", self._path, exc)
 
 
 def _connect(path: str, timeout: float) -> sqlite3.Connection:
