@@ -59,8 +59,7 @@ class Database:
                 self._lock(opened)
                 _create(self._path)
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=0.2)))
-                self._prepare(schema, application_id, version, "OFF" if is_temporary else "FULL")
-                self._connection.execute(addition)
+                self._prepare(schema, addition, application_id, version, "OFF" if is_temporary else "FULL")
             except (OSError, sqlite3.Error) as exc:
                 reason = exc.strerror if isinstance(exc, OSError) else exc
                 raise ConfigurationError(f"can't use the database {self._path}: {reason}") from exc
@@ -119,7 +118,7 @@ class Database:
             raise sqlite3.OperationalError("another server has it open") from None
         opened.callback(_remove, path)  # before it is unlocked
 
-    def _prepare(self, schema: str, application_id: int, version: int, synchronous: str) -> None:
+    def _prepare(self, schema: str, addition: str, application_id: int, version: int, synchronous: str) -> None:
         is_new = self._connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
         found_version = self._pragma("user_version")
         if not is_new and self._pragma("application_id") != application_id:
@@ -131,11 +130,10 @@ class Database:
             with suppress(FileNotFoundError):
                 os.chmod(self._path + suffix, 0o600)
         self._pragma("wal_checkpoint(TRUNCATE)")  # what a process that was killed left
-        self._pragma("secure_delete = ON")
-        self._connection.execute(f"PRAGMA synchronous = {synchronous}")
+        script = f"PRAGMA secure_delete = ON; PRAGMA synchronous = {synchronous}; BEGIN; {addition};"
         if is_new:
-            settings = f"PRAGMA application_id = {application_id}; PRAGMA user_version = {version};"
-            self._connection.executescript(f"BEGIN; {settings} {schema} COMMIT")
+            script += f"PRAGMA application_id = {application_id}; PRAGMA user_version = {version}; {schema}"
+        self._connection.executescript(script + "COMMIT")
 
     def _pragma(self, text: str) -> Any:
         return self._connection.execute(f"PRAGMA {text}").fetchone()[0]
