@@ -155,7 +155,6 @@ class _Connection(BaseHTTPRequestHandler):
             _log_failure(exc)
             response = self._error(HTTPError(500, "Internal Server Error"))
         self._send(response)
-        self._discard_body()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 
@@ -189,9 +188,8 @@ class _Connection(BaseHTTPRequestHandler):
         if self.close_connection:
             self.connection.shutdown(socket.SHUT_WR)
         self._incoming.allow(_UNWANTED_SECONDS)
-        if not self._expects_continue:
-            for received in iter(lambda: self.rfile.read1(min(self._unread, 1 << 16)), b""):
-                self._unread -= len(received)
+        for received in iter(lambda: self.rfile.read1(min(self._unread, 1 << 16)), b""):
+            self._unread -= len(received)
 
     def _send(self, response: Response) -> None:
         body, headers = response.body, {**response.headers, "Content-Type": response.content_type}
@@ -215,6 +213,7 @@ class _Connection(BaseHTTPRequestHandler):
         parts = iter(body)
         for part in chain([head + next(parts, b"")], parts):  # the first together with the head, in one packet
             self.connection.sendall(part)
+        self._discard_body()
 
     def _error(self, error: HTTPError) -> Response:
         return json_response(self.server.error_body(error), error.status, error.headers)
@@ -223,7 +222,6 @@ class _Connection(BaseHTTPRequestHandler):
         """Answer a request that http.server could not make sense of."""
         self._unread = _UNKNOWN
         self._send(self._error(HTTPError(code, message or HTTPStatus(code).phrase)))
-        self._discard_body()
 
     def log_message(self, format: str, *args: Any) -> None:
         logger.debug(format, *args)
