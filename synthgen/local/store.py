@@ -240,12 +240,11 @@ class Store:
         sums = ", ".join(f"COALESCE(SUM({name}), 0) AS {name}" for name in ["total", *_COUNTERS])
         return self._read(f"SELECT {sums} FROM batches")[0]
 
-    def spent(self) -> Tuple[int, int]:
+    def spent(self) -> sqlite3.Row:
         """The prompt and the completion tokens of all calls, those of deleted tasks included."""
         tokens = "SELECT prompt_tokens AS prompt, completion_tokens AS completion FROM"
         query = f"SELECT TOTAL(prompt), TOTAL(completion) FROM ({tokens} batches UNION ALL {tokens} deleted)"
-        prompt, completion = self._read(query)[0]
-        return int(prompt), int(completion)
+        return self._read(query)[0]
 
     def task(self, message_id: str) -> Optional[sqlite3.Row]:
         """The row of a task, with its ``batch_id``."""
