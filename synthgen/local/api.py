@@ -43,7 +43,7 @@ class API:
         self._workers = workers
         self._api_key = api_key.encode("latin-1")
         batch, task = "/api/v1/batches/([^/]+)", "/api/v1/tasks/([^/]+)"
-        routes: Dict[str, Dict[str, Callable[..., Response]]] = {
+        self._routes: Dict[str, Dict[str, Callable[..., Response]]] = {
             "/": {"GET": lambda request: json_response(_WELCOME)},
             "/health": {"GET": self._health},
             "/token": {"GET": lambda request: json_response({"isValid": True})},
@@ -55,7 +55,6 @@ class API:
             "/api/v1/tasks/stats": {"GET": self._get_task_stats},
             task: {"GET": self._get_task, "DELETE": self._delete_task},
         }
-        self._routes = [(re.compile(path, re.DOTALL), answers) for path, answers in routes.items()]
 
     def __call__(self, request: Request) -> Response:
         """The answer to a request."""
@@ -76,8 +75,8 @@ class API:
 
     def _find(self, path: str) -> Tuple[Dict[str, Callable[..., Response]], Tuple[str, ...]]:
         """What answers to each method at a path, and what the path tells it."""
-        for pattern, answers in self._routes:
-            match = pattern.fullmatch(path)
+        for pattern, answers in self._routes.items():
+            match = re.fullmatch(pattern, path)
             if match:
                 return answers, match.groups()
         return {}, ()
