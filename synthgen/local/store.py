@@ -91,14 +91,9 @@ CREATE TRIGGER task_deleted AFTER DELETE ON tasks BEGIN
     DELETE FROM batches WHERE number = OLD.id >> 32 AND total = 0;
     UPDATE provider_key_uses SET unfinished = unfinished - (OLD.status = 'PENDING') WHERE key = OLD.key;
 END;
-CREATE TABLE provider_keys (  -- never moved, since SQLite may leave bytes where a row was; overwritten after use
-    number INTEGER PRIMARY KEY,
-    api_key BLOB NOT NULL
-);
-CREATE TABLE provider_key_uses (
-    key INTEGER PRIMARY KEY,
-    unfinished INTEGER NOT NULL
-);
+-- Keys are never moved, since SQLite may leave bytes where a row was, and overwritten after use.
+CREATE TABLE provider_keys (number INTEGER PRIMARY KEY, api_key BLOB NOT NULL);
+CREATE TABLE provider_key_uses (key INTEGER PRIMARY KEY, unfinished INTEGER NOT NULL);
 CREATE TRIGGER key_used AFTER UPDATE OF unfinished ON provider_key_uses WHEN NEW.unfinished = 0 BEGIN
     UPDATE provider_keys SET api_key = zeroblob(length(api_key)) WHERE number = NEW.key;
 END;
@@ -283,8 +278,7 @@ class Store:
                    SUM(status = 'COMPLETED' AND NOT cached) AS completed_tasks, SUM(status = 'FAILED') AS failed_tasks,
                    SUM(cached) AS cached_tasks, SUM(prompt_tokens) AS prompt_tokens,
                    SUM(completion_tokens) AS completion_tokens, SUM(total_tokens) AS total_tokens,
-                   SUM(duration) AS duration,
-                   SUM(CASE WHEN status = 'COMPLETED' THEN duration ELSE 0 END) AS completed_duration
+                   SUM(duration) AS duration, SUM(duration * (status = 'COMPLETED')) AS completed_duration
             FROM tasks WHERE id >= ? AND id < ? AND completed_at >= ? GROUP BY minute ORDER BY minute
         """
         return self._read(query, first, end, since)
