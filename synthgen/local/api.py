@@ -57,7 +57,6 @@ class API:
         }
 
     def __call__(self, request: Request) -> Response:
-        """The answer to a request."""
         answers, arguments = self._find(request.path)
         if request.method in answers:
             if request.path not in _OPEN_PATHS:

@@ -158,7 +158,6 @@ class Store:
         self._id_prefix: str = self._read("SELECT id_prefix FROM settings")[0]["id_prefix"]
 
     def close(self) -> None:
-        """Write what there is to write, and let go of the file."""
         self._database.close()
 
     # What changes the database: each gives a future that is done when the change is committed.

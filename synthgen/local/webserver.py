@@ -64,7 +64,6 @@ class HTTPError(Exception):
 
 
 def json_response(value: Any, status: int = 200, headers: Optional[Mapping[str, str]] = None) -> Response:
-    """An answer of a JSON value."""
     return Response(status, json.dumps(value).encode("ascii"), headers=headers or {})
 
 
@@ -159,7 +158,6 @@ class _Connection(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 
     def read_body(self) -> bytes:
-        """The request's body, whole."""
         size = self._unread
         if size > _MAX_BODY_BYTES:
             raise HTTPError(413, f"the request is larger than {_MAX_BODY_BYTES >> 20} MiB; send less at a time")
