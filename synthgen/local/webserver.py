@@ -28,8 +28,6 @@ _MAX_CONNECTIONS = 200
 #: Seconds after which a connection without a request is closed: if others wait to be accepted, and in any case.
 _MIN_IDLE = 1.0
 _MAX_IDLE = 120.0
-#: Seconds until it is seen that one has ended, when there are so many.
-_FULL_PAUSE = 0.01
 _MAX_BACKLOG = 128
 _MAX_HEAD_BYTES = 128 << 10
 _MAX_BODY_BYTES = 256 << 20
@@ -85,8 +83,6 @@ class _Incoming(io.RawIOBase):
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._deadline = 0.0
-        self._allowed: float = 0
 
     def allow(self, seconds: float, size: float = float("inf")) -> None:
         """Let so many bytes come within so many seconds from now."""
@@ -204,9 +200,8 @@ class _Connection(BaseHTTPRequestHandler):
             self.close_connection = True
         if self.close_connection:
             headers["Connection"] = "close"
-        lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}\r\n{fields}\r\n".encode("latin-1")
         self.connection.settimeout(_WRITE_SECONDS)
         parts = iter(body)
         for part in chain([head + next(parts, b"")], parts):  # the first together with the head, in one packet
@@ -276,7 +271,7 @@ class WebServer:
     def _accept(self) -> None:
         while self._is_open:
             if self.is_full:
-                time.sleep(_FULL_PAUSE)
+                time.sleep(0.01)
                 continue
             try:
                 connection, address = self._listener.accept()
