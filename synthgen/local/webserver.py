@@ -139,6 +139,7 @@ class _Connection(BaseHTTPRequestHandler):
         return True
 
     def answer(self) -> None:
+        self.headers = self.headers or Message()  # later releases of Python may have a plain dict where there are none
         try:
             self._unread = self._content_length()
             response = self.server.respond(Request(self.command, self.path, self.headers, self.read_body))

@@ -81,6 +81,20 @@ def test_a_request_that_makes_no_sense_gets_an_answer(api, lines, expected):
     assert api.get("/token") == {"isValid": True}
 
 
+def test_a_request_of_http_0_9_has_no_headers(api, monkeypatch):
+    """Some later releases of Python have a plain dict for them."""
+    parse = webserver.BaseHTTPRequestHandler.parse_request
+
+    def parse_request(self):
+        is_request = parse(self)
+        self.headers = {}
+        return is_request
+
+    monkeypatch.setattr(webserver.BaseHTTPRequestHandler, "parse_request", parse_request)
+
+    assert status(exchange(api, b"GET /health\r\n\r\n")) == 200
+
+
 def test_errors_are_json(api):
     """Also those of requests that are not HTTP."""
     head, _, body = exchange(api, request(api, "GET /health SMTP/1.1")).partition(b"\r\n\r\n")
