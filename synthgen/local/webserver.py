@@ -183,8 +183,9 @@ class _Connection(BaseHTTPRequestHandler):
         if self.close_connection:
             self.connection.shutdown(socket.SHUT_WR)
         self._incoming.allow(_UNWANTED_SECONDS)
-        for received in iter(lambda: self.rfile.read1(min(self._unread, 1 << 16)), b""):
-            self._unread -= len(received)
+        while self._unread and not self._expects_continue:
+            received = len(self.rfile.read1(min(self._unread, 1 << 16)))
+            self._unread -= received or self._unread  # the end
 
     def _send(self, response: Response) -> None:
         body, headers = response.body, {**response.headers, "Content-Type": response.content_type}
@@ -263,9 +264,10 @@ class WebServer:
             with suppress(OSError):  # one more connection, for who waits for one
                 socket.create_connection(self._address, timeout=1).close()
             self._accepting.join(0.1)
-        for thread, connection in self._connections.items():
+        for connection in self._connections.values():
             with suppress(OSError):  # gone already
                 connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._connections:
             thread.join()
         self._listener.close()
 
