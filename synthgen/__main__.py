@@ -16,7 +16,6 @@ import time
 import uuid
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime
-from functools import partial
 from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Union
 
 from pydantic import BaseModel
@@ -456,87 +455,73 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"synthgen-client {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    command = partial(_add_command, commands)
-    server, batch, follow, output, limits, as_json = _shared_options()
-    demo = command(_demo, "run the whole job on this machine: no server, model or key", "demo 'solve 7x - 3 = 25'")
-    demo.add_argument("equations", nargs="*", default=_DEMO, metavar="EQUATION", help="to be solved; by default ten")
-    run = command(
-        _run,
-        "run the tasks of a file, and write one result per task, in their order",
-        "run tasks.jsonl -o results.jsonl --local --provider https://openrouter.ai/api --key-env OPENROUTER_API_KEY",
-        server,
-        output,
-        follow,
-        limits,
-    )
-    run.add_argument("tasks", metavar="TASKS.jsonl", help=_TASKS_HELP)
-    run.add_argument(
-        "--local", action="store_true", help="start a server on this machine for this run, with these limits"
-    )
-    run.add_argument("--db", metavar="FILE", help="its database; by default a file beside OUT, removed after the run")
-    run.add_argument("--batch", metavar="ID", help="send nothing: come back to this batch of the same tasks")
-    run.add_argument("--provider", metavar="URL", type=_url, help="what a relative url is appended to")
-    run.add_argument("--key-env", metavar="NAME", help="environment variable with the key for tasks that have none")
-    run.add_argument("--max-cost", type=_limit, metavar="X", help="with --local: what its database's batches may cost")
-    run.add_argument("--retry-failed", action="store_true", help="run only what is FAILED in OUT.jsonl, in its place")
-    run.add_argument("--dry-run", action="store_true", help="send nothing: say what would be sent")
-    about_serve = "start a server on this machine; its key is SYNTHGEN_API_KEY, or made up"
-    serve = command(_serve, about_serve, "serve --db batches.db", limits)
-    serve.add_argument("--db", metavar="FILE", help="where batches are kept; by default they are gone at the end")
-    serve.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at (default: %(default)s)")
-    serve.add_argument("--port", default=_PORT, type=int, metavar="P", help="0 takes a free one (default: %(default)s)")
-    command(_watch, "watch a batch until it ends", "watch BATCH_ID --timeout 3600", server, batch, follow)
-    export = command(
-        _export, "write the tasks of a batch, with their results", "export BATCH_ID | jq .status", server, batch, output
-    )
-    export.add_argument("--format", choices=["jsonl", "csv"], default="jsonl", help="default: %(default)s")
-    export.add_argument("--status", type=TaskStatus, choices=list(TaskStatus), help="only the tasks with this status")
-    stats = command(
-        _stats, "show tasks and tokens over time", "stats BATCH_ID --range 2h --interval 1m", server, batch, as_json
-    )
-    stats.add_argument("--range", default="24h", help="how far back, such as 30m, 24h, 7d (default: %(default)s)")
-    stats.add_argument("--interval", default="1h", help="of a bar: 1m 1h 1d 1w 1M 1q 1y (default: %(default)s)")
-    command(_batches, "list all batches, newest first", "batches --json | jq '.batches[0].batch_id'", server, as_json)
-    command(_health, "show the state of the server", "health", server, as_json)
-    delete = command(_delete, "delete a batch with its tasks and results", "delete BATCH_ID", server, batch)
-    delete.add_argument("--force", action="store_true", help="even if it is running, though its calls may go on")
-    return parser
 
+    def command(
+        run: Callable[[argparse.Namespace], int], help: str, example: str, *options: argparse.ArgumentParser
+    ) -> Callable[..., Any]:
+        """Add the command that a function runs, under the function's name; return what adds an option to it."""
+        added = commands.add_parser(
+            run.__name__.lstrip("_"),
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=f"example:\n  synthgen {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=options,
+        )
+        added.set_defaults(command=run)
+        return added.add_argument
 
-def _add_command(
-    commands: Any, run: Callable[[argparse.Namespace], int], help: str, example: str, *parents: argparse.ArgumentParser
-) -> argparse.ArgumentParser:
-    """Add the command that a function runs, under the function's name."""
-    command: argparse.ArgumentParser = commands.add_parser(
-        run.__name__.lstrip("_"),
-        help=help,
-        description=help[0].upper() + help[1:] + ".",
-        epilog=f"example:\n  synthgen {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=parents,
-    )
-    command.set_defaults(command=run)
-    return command
-
-
-def _shared_options() -> List[argparse.ArgumentParser]:
+    # What several commands have.
     server, batch, follow, output, limits, as_json = (argparse.ArgumentParser(add_help=False) for _ in range(6))
     server.add_argument("--base-url", metavar="URL", help="the server; before SYNTHGEN_BASE_URL")
     server.add_argument("--config", metavar="FILE", help="JSON file with base_url, api_key, timeout")
     batch.add_argument("batch", metavar="BATCH_ID")
-    follow.add_argument("--input-cost", type=_price, default=0.0, metavar="X", help="price of a million input tokens")
-    follow.add_argument("--output-cost", type=_price, default=0.0, metavar="Y", help="price of a million output tokens")
-    follow.add_argument("--timeout", type=float, metavar="S", help="longest wait, in seconds; the batch goes on")
-    follow.add_argument(
-        "--stall-timeout", type=float, default=300.0, metavar="S", help="longest standstill, in seconds (default: 300)"
-    )
+    add = follow.add_argument
+    add("--input-cost", type=_price, default=0.0, metavar="X", help="price of a million input tokens")
+    add("--output-cost", type=_price, default=0.0, metavar="Y", help="price of a million output tokens")
+    add("--timeout", type=float, metavar="S", help="longest wait, in seconds; the batch goes on")
+    add("--stall-timeout", type=float, default=300.0, metavar="S", help="longest standstill, in seconds (default: 300)")
     output.add_argument("-o", "--output", metavar="OUT.jsonl", help="file for the results; by default stdout")
     output.add_argument("--force", action="store_true", help="replace that file if it is there")
     limits.add_argument("--workers", type=int, metavar="N", help="calls at a time (default: 16)")
     limits.add_argument("--rpm", type=_limit, metavar="N", help="calls a minute that a provider allows for a key")
     limits.add_argument("--tpm", type=_limit, metavar="N", help="tokens a minute that it allows")
     as_json.add_argument("--json", action="store_true", help="JSON in place of a table")
-    return [server, batch, follow, output, limits, as_json]
+
+    about = "run the whole job on this machine: no server, model or key"
+    add = command(_demo, about, "demo 'solve 7x - 3 = 25'")
+    add("equations", nargs="*", default=_DEMO, metavar="EQUATION", help="to be solved; by default ten")
+    about = "run the tasks of a file, and write one result per task, in their order"
+    example = "tasks.jsonl -o results.jsonl --local --provider https://openrouter.ai/api --key-env OPENROUTER_API_KEY"
+    add = command(_run, about, f"run {example}", server, output, follow, limits)
+    add("tasks", metavar="TASKS.jsonl", help=_TASKS_HELP)
+    add("--local", action="store_true", help="start a server on this machine for this run, with these limits")
+    add("--db", metavar="FILE", help="its database; by default a file beside OUT, removed after the run")
+    add("--batch", metavar="ID", help="send nothing: come back to this batch of the same tasks")
+    add("--provider", metavar="URL", type=_url, help="what a relative url is appended to")
+    add("--key-env", metavar="NAME", help="environment variable with the key for tasks that have none")
+    add("--max-cost", type=_limit, metavar="X", help="with --local: what its database's batches may cost")
+    add("--retry-failed", action="store_true", help="run only what is FAILED in OUT.jsonl, in its place")
+    add("--dry-run", action="store_true", help="send nothing: say what would be sent")
+    about = "start a server on this machine; its key is SYNTHGEN_API_KEY, or made up"
+    add = command(_serve, about, "serve --db batches.db", limits)
+    add("--db", metavar="FILE", help="where batches are kept; by default they are gone at the end")
+    add("--host", default="127.0.0.1", metavar="H", help="address to listen at (default: %(default)s)")
+    add("--port", default=_PORT, type=int, metavar="P", help="0 takes a free one (default: %(default)s)")
+    command(_watch, "watch a batch until it ends", "watch BATCH_ID --timeout 3600", server, batch, follow)
+    about = "write the tasks of a batch, with their results"
+    add = command(_export, about, "export BATCH_ID | jq .status", server, batch, output)
+    add("--format", choices=["jsonl", "csv"], default="jsonl", help="default: %(default)s")
+    add("--status", type=TaskStatus, choices=list(TaskStatus), help="only the tasks with this status")
+    about = "show tasks and tokens over time"
+    add = command(_stats, about, "stats BATCH_ID --range 2h --interval 1m", server, batch, as_json)
+    add("--range", default="24h", help="how far back, such as 30m, 24h, 7d (default: %(default)s)")
+    add("--interval", default="1h", help="of a bar: 1m 1h 1d 1w 1M 1q 1y (default: %(default)s)")
+    command(_batches, "list all batches, newest first", "batches --json | jq '.batches[0].batch_id'", server, as_json)
+    command(_health, "show the state of the server", "health", server, as_json)
+    add = command(_delete, "delete a batch with its tasks and results", "delete BATCH_ID", server, batch)
+    add("--force", action="store_true", help="even if it is running, though its calls may go on")
+    return parser
 
 
 def _url(text: str) -> str:
