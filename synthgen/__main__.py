@@ -353,7 +353,8 @@ def _outcome(results: List[TaskResponse]) -> int:
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, (BatchIncompleteError, BatchStalledError, BatchTimeoutError, BudgetExceededError)):
         return _UNFINISHED
-    if isinstance(error, (AuthenticationError, ConfigurationError, InvalidRequestError, MissingDependencyError)):
+    refusals = AuthenticationError, ConfigurationError, InvalidRequestError, MissingDependencyError
+    if isinstance(error, (*refusals, OSError)):
         return _REFUSED
     return _UNREACHABLE
 

@@ -1,6 +1,7 @@
 """The command line: what goes to stdout, what to stderr, and how it ends."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -564,6 +565,27 @@ def test_an_upload_whose_answer_is_lost_may_be_running(server, provider, monkeyp
     assert "0 of 2 tasks uploaded" in said and "looking whether the upload was taken" in said
     assert "to go on: synthgen run tasks.jsonl\n" in said
     assert sorted(os.listdir()) == ["tasks.jsonl", "tasks.jsonl.checkpoint"]
+
+
+def test_a_disk_that_fills_up_during_an_upload_is_no_matter_of_the_server(local, provider, monkeypatch, capsys):
+    """Exit 2, as for any other file that can't be written; nothing was sent, and the same words go on."""
+    syncs = iter([None])  # the checkpoint's first line; what comes after that finds no room
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fsync(file):
+        if next(syncs, full):
+            raise full
+
+    argv = ["run", write_tasks(provider, "one")]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert main(argv) == 2
+
+    said = capsys.readouterr().err
+    assert said.endswith(f"to go on: synthgen run tasks.jsonl\nerror: {full}\n")
+    assert provider.requests == []
+    assert main(argv) == 0
 
 
 def test_an_upload_that_is_refused_can_be_started_again(server, provider, monkeypatch, capsys):
