@@ -28,6 +28,7 @@ from ._task_file import FailedTasks, TaskFile
 from ._version import __version__
 from .client import SynthgenClient
 from .exceptions import (
+    APIError,
     AuthenticationError,
     BatchIncompleteError,
     BatchStalledError,
@@ -36,7 +37,6 @@ from .exceptions import (
     BudgetExceededError,
     ConfigurationError,
     InvalidRequestError,
-    MissingDependencyError,
     SynthgenError,
 )
 from .models import BatchCost, HealthStatus, Task, TaskResponse, TaskStatus
@@ -59,8 +59,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         with _signals():
             code: int = args.command(args)
-            if sys.stdout is not None:  # as it is when closed
-                sys.stdout.flush()
+            print(end="", flush=True)  # which does nothing where stdout is closed
             return code
     except KeyboardInterrupt:
         _say("interrupted")
@@ -68,18 +67,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except BrokenPipeError:
         _give_up_stdout()
         return _OK
-    except SynthgenError as exc:
-        # What an upload's error says of going on is for scripts.
-        error = exc.__cause__ or exc if isinstance(exc, BatchUploadError) else exc
-        _say(f"error: {error}")
-        return _exit_code(error)
-    except OSError as exc:  # a file, a port
+    except (SynthgenError, OSError, ValueError) as exc:  # the last two: a file, a port, an id
         _give_up_stdout()
-        _say(f"error: {exc.filename}: {exc.strerror}" if exc.filename and exc.strerror else f"error: {exc}")
-        return _REFUSED
-    except ValueError as exc:  # an id
-        _say(f"error: {exc}")
-        return _REFUSED
+        # What an upload's error says of going on is for scripts.
+        error: Any = exc.__cause__ or exc if isinstance(exc, BatchUploadError) else exc
+        is_of_file = isinstance(error, OSError) and error.filename
+        _say(f"error: {error.filename}: {error.strerror}" if is_of_file else f"error: {error}")
+        if isinstance(error, (BatchIncompleteError, BatchStalledError, BatchTimeoutError, BudgetExceededError)):
+            return _UNFINISHED
+        is_refused = isinstance(error, (AuthenticationError, InvalidRequestError))
+        return _UNREACHABLE if isinstance(error, APIError) and not is_refused else _REFUSED
 
 
 # ------------------------------------------------------------------------------------------ commands
@@ -350,20 +347,10 @@ def _outcome(results: List[TaskResponse]) -> int:
     return _OK if all(result.ok for result in results) else _SOME_FAILED
 
 
-def _exit_code(error: BaseException) -> int:
-    if isinstance(error, (BatchIncompleteError, BatchStalledError, BatchTimeoutError, BudgetExceededError)):
-        return _UNFINISHED
-    refusals = AuthenticationError, ConfigurationError, InvalidRequestError, MissingDependencyError
-    if isinstance(error, (*refusals, OSError)):
-        return _REFUSED
-    return _UNREACHABLE
-
-
 def _give_up_stdout() -> None:
     """Let what it can't take go nowhere: the flush at exit would fail again, and have another exit code."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        print(end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
