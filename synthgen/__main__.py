@@ -339,7 +339,7 @@ def _saying_how_to_go_on(args: argparse.Namespace) -> Iterator[None]:
     except (KeyboardInterrupt, BatchStalledError, BatchTimeoutError, BatchUploadError, BudgetExceededError) as exc:
         if isinstance(exc, BudgetExceededError) and vars(args).get("max_cost"):  # else it is the cap of a script
             _say("what --max-cost allows is used up: it has to be higher")
-        _say(f"to go on: {' '.join(shlex.quote(word) for word in ('synthgen', *args.argv))}")
+        _say(f"to go on: {shlex.join(['synthgen', *args.argv])}")
         raise
 
 
@@ -364,8 +364,7 @@ def _signals() -> Iterator[None]:
             signal.signal(number, lambda *_: os._exit(_INTERRUPTED))
         raise KeyboardInterrupt
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # Windows has no SIGHUP
     handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     before: Dict[int, Any] = {number: signal.signal(number, interrupt) for number in handled}
     try:
@@ -387,8 +386,7 @@ def _output(args: argparse.Namespace) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()  # it may fail, and what could give the results again is removed after this
         return
-    is_replaced = (args.force or vars(args).get("retry_failed")) and os.path.isfile(args.output)
-    if os.path.exists(args.output) and not is_replaced:
+    if os.path.exists(args.output) and not (args.force or vars(args).get("retry_failed")):
         raise ConfigurationError(f"{args.output} is there already; --force replaces a file")
     with replacing(args.output) as file:
         yield file
