@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -99,13 +100,14 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    beside = args.output or ("synthgen-stdin" if args.tasks == "-" else args.tasks)
+    is_stdin = args.tasks == "-"
+    beside = args.output or ("synthgen-stdin" if is_stdin else args.tasks)
     args.checkpoint, args.database = f"{beside}.checkpoint", args.db or f"{beside}.db"
     if args.local and args.base_url:
         raise ConfigurationError("--local starts a server of its own: leave out --base-url")
     if args.db and not args.local:
         raise ConfigurationError("--db is the database of --local: give both")
-    if args.output and os.path.exists(args.output) and args.tasks != "-" and os.path.samefile(args.output, args.tasks):
+    if args.output and os.path.exists(args.output) and not is_stdin and os.path.samefile(args.output, args.tasks):
         raise ConfigurationError(f"{args.output} is the file with the tasks: results need another")
     if not (args.local or args.dry_run) and (args.workers is not None or args.rpm or args.tpm or args.max_cost):
         raise ConfigurationError("--workers, --rpm, --tpm and --max-cost are what --local keeps to: give both")
@@ -114,8 +116,11 @@ def _run(args: argparse.Namespace) -> int:
     key = None if args.key_env is None else os.environ.get(args.key_env)
     if args.key_env is not None and not key:
         raise ConfigurationError(f"--key-env {args.key_env}: there is no such environment variable")
-    with closing(TaskFile(args.tasks, args.provider, key)) as file:
-        tasks = FailedTasks(file, args.output) if args.retry_failed else file
+    with tempfile.TemporaryFile() if is_stdin else open(args.tasks, "rb") as file:
+        if is_stdin:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        all_tasks = TaskFile(file, "stdin" if is_stdin else args.tasks, args.provider, key)
+        tasks = FailedTasks(all_tasks, args.output) if args.retry_failed else all_tasks
         if not len(tasks):
             _say(f"{args.output}: nothing in it has failed")
             return _OK

@@ -1,10 +1,6 @@
 """Tasks out of a JSONL file: lines of our own, or of an OpenAI batch input file; all, or those that failed."""
 
 import json
-import shutil
-import sys
-import tempfile
-from contextlib import ExitStack
 from itertools import zip_longest
 from typing import BinaryIO, Iterator, Optional
 
@@ -16,10 +12,11 @@ from .models import Task, TaskStatus, reasons
 
 
 class TaskFile(TaskSource):
-    """The tasks of a file, as often as they are asked for, until `close`; one is in memory at a time.
+    """The tasks of a file, as often as they are asked for; one is in memory at a time.
 
     Args:
-        path: The file; ``-`` reads stdin, into a temporary file.
+        file: The file, which stays open.
+        name: What errors call it.
         provider: What a relative ``url`` is appended to.
         api_key: The provider's key, for the tasks that have none.
 
@@ -27,21 +24,11 @@ class TaskFile(TaskSource):
         ConfigurationError: A line is no task, or there are none; the error names the line. Every line is looked at now.
     """
 
-    def __init__(self, path: str, provider: Optional[str] = None, api_key: Optional[str] = None) -> None:
-        self._name = "stdin" if path == "-" else path
-        self._provider, self._api_key = provider, api_key
-        self._file: BinaryIO = tempfile.TemporaryFile() if path == "-" else open(path, "rb")
-        with ExitStack() as opened:
-            opened.callback(self.close)
-            if path == "-":
-                shutil.copyfileobj(sys.stdin.buffer, self._file)
-            self._count = sum(1 for _ in self)
-            if not self._count:
-                raise ConfigurationError(f"{self._name}: there are no tasks in it")
-            opened.pop_all()
-
-    def close(self) -> None:
-        self._file.close()
+    def __init__(self, file: BinaryIO, name: str, provider: Optional[str], api_key: Optional[str]) -> None:
+        self._file, self._name, self._provider, self._api_key = file, name, provider, api_key
+        self._count = sum(1 for _ in self)
+        if not self._count:
+            raise ConfigurationError(f"{name}: there are no tasks in it")
 
     def __len__(self) -> int:
         return self._count
