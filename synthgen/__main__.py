@@ -212,7 +212,10 @@ def _export(args: argparse.Namespace) -> int:
     with _output(args) as file, _client(args) as client:
         results = client.iter_batch_tasks(args.batch, args.status)
         if args.format == "csv":
-            _write_rows(file, results)
+            columns = list(TaskResponse(message_id="", status="").to_row())
+            rows = csv.DictWriter(codecs.getwriter("utf-8")(file, "backslashreplace"), columns, lineterminator="\n")
+            rows.writeheader()
+            rows.writerows(result.to_row() for result in results)
         else:
             file.writelines(result.to_line() for result in results)
     return _OK
@@ -395,13 +398,6 @@ def _output(args: argparse.Namespace) -> Iterator[BinaryIO]:
         raise ConfigurationError(f"{args.output} is there already; --force replaces a file")
     with replacing(args.output) as file:
         yield file
-
-
-def _write_rows(file: BinaryIO, results: Iterable[TaskResponse]) -> None:
-    columns = list(TaskResponse(message_id="", status="").to_row())
-    rows = csv.DictWriter(codecs.getwriter("utf-8")(file, "backslashreplace"), columns, lineterminator="\n")
-    rows.writeheader()
-    rows.writerows(result.to_row() for result in results)
 
 
 def _print_json(model: BaseModel) -> int:
