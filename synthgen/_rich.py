@@ -6,6 +6,7 @@ Whatever comes from outside becomes a `Text`: rich reads a plain string as marku
 import sys
 import threading
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Callable, Iterable, List, Optional, Sequence, TextIO
 
@@ -104,19 +105,15 @@ class RichMonitor(PlainMonitor):
         """Begin to draw; false where that can't be: this batch is then told of in lines, to its end."""
         with _starting:
             if self._live is None and not self._in_lines:
-                self._live = self._new_live() if self._can_draw() else None
-                self._in_lines = self._live is None
+                self._in_lines = True
+                if self._can_draw():
+                    # A script's prints go through the display, or they would break it; not into it, when redirected.
+                    redirect = sys.stdout is not None and sys.stdout.isatty()
+                    live = Live(self, console=self._console, redirect_stdout=redirect)
+                    with suppress(LiveError):  # there is another, on the console that was given
+                        live.start(refresh=True)
+                        self._live, self._in_lines = live, False
         return self._live is not None
-
-    def _new_live(self) -> Optional[Live]:
-        # A script's own prints go through the display, or they would break it; not into it, when redirected.
-        redirect = sys.stdout is not None and sys.stdout.isatty()
-        live = Live(self, console=self._console, redirect_stdout=redirect)
-        try:
-            live.start(refresh=True)
-        except LiveError:  # there is another, on the console that was given
-            return None
-        return live
 
     def __rich__(self) -> RenderableType:
         progress = self.progress
