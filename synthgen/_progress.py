@@ -23,23 +23,17 @@ class Progress:
         self._started = clock()
         self._samples: Deque[Tuple[float, int, int]] = deque(maxlen=_SAMPLES)  # time, finished tasks, tokens
         self.batch_id: str = ""
-        self.uploaded: int = 0
         self.chunks: int = 0
-        self.to_upload: Optional[int] = None
+        #: The tasks uploaded or the results received, whichever it is just now; and of how many, if that is known.
+        self.moved: Tuple[int, Optional[int]] = (0, None)
         self.batch: Batch = _NOT_SEEN
         self.submitted: int = 0
         self.cost: BatchCost = BatchCost()
-        self.received: int = 0
-        self.to_receive: Optional[int] = None
         self.failures: Counter[str] = Counter()
         self._kinds: Dict[str, str] = {}
         self.cut_off: int = 0
         self.filtered: int = 0
         self.notes: List[str] = []
-
-    def upload(self, batch_id: str, uploaded: int, total: Optional[int]) -> None:
-        self.chunks = self.chunks + 1 if uploaded else 0
-        self.batch_id, self.uploaded, self.to_upload = batch_id, uploaded, total
 
     def poll(self, batch: Optional[Batch], submitted: int, cost: BatchCost) -> None:
         self.batch, self.submitted, self.cost = batch or _NOT_SEEN, submitted, cost
@@ -65,15 +59,8 @@ class Progress:
     def total(self) -> int:
         return max(self.submitted, self.batch.total_tasks)
 
-    def uploaded_text(self) -> str:
-        chunks = f" in {plural(self.chunks, 'chunk')}" if self.chunks else ""
-        return f"{_share(self.uploaded, self.to_upload)} tasks uploaded{chunks}"
-
-    def received_text(self) -> str:
-        return f"{_share(self.received, self.to_receive)} results received"
-
     def done_text(self) -> str:
-        return f"{_share(self.finished, self.total)} done"
+        return f"{share(self.finished, self.total)} done"
 
     def counts(self) -> List[str]:
         """Each state with its number of tasks; what the server has yet to ingest is pending."""
@@ -115,7 +102,7 @@ class Progress:
     def summary(self) -> List[Tuple[str, str]]:
         """The end of the batch, as labels and texts; a label may be empty: the text then goes with the one above."""
         batch = self.batch
-        taken = self.elapsed if self.uploaded or batch.duration is None else batch.duration
+        taken = self.elapsed if self.chunks or batch.duration is None else batch.duration
         cost = f"{money(self.cost.total)} ({money(self.cost.input)} in, {money(self.cost.output)} out)"
         rows = [
             (True, "tasks", f"{self.total:,}: {', '.join(self.counts()[:3])}"),
@@ -188,5 +175,5 @@ def money(amount: float) -> str:
     return f"{amount:,.{decimals}f}"
 
 
-def _share(part: int, whole: Optional[int]) -> str:
+def share(part: int, whole: Optional[int]) -> str:
     return f"{part:,}" if whole is None else f"{part:,} of {whole:,}"

@@ -91,7 +91,7 @@ class RichMonitor(PlainMonitor):
 
     def _say(self, phase: str, news: str, *more: str, detail: str = "") -> None:
         if self._start():
-            self._phase = phase  # the display draws itself four times a second
+            self._news, self._phase = news, phase  # the display draws itself four times a second
         else:
             super()._say(phase, news, *more, detail=detail)
 
@@ -119,23 +119,19 @@ class RichMonitor(PlainMonitor):
         progress = self.progress
         parts: List[RenderableType] = []
         if self._phase == "finish":
-            parts.append(self._summary())
+            grid = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
+            for label, text in progress.summary():
+                grid.add_row(Text(label), self._text(text))
+            parts.append(self._panel(grid, style="red" if progress.batch.failed_tasks else "green"))
         elif self._phase == "upload":
-            bar = _bar(progress.uploaded, progress.to_upload)
-            parts.append(self._panel(*bar, self._pieces([progress.uploaded_text()])))
+            parts.append(self._panel(*_bar(*progress.moved), self._text(self._news)))
         elif progress.total:
             lines = ([progress.done_text(), *progress.times()], progress.counts(), progress.tokens(), progress.costs())
             parts.append(self._panel(*_bar(progress.finished, progress.total), *map(self._pieces, lines)))
         parts.extend(self._text(note, "magenta") for note in progress.notes[-_NOTES_SHOWN:])
         if self._phase == "download":
-            parts += [*_bar(progress.received, progress.to_receive), self._text(progress.received_text())]
+            parts += [*_bar(*progress.moved), self._text(self._news)]
         return Group(*parts)
-
-    def _summary(self) -> Panel:
-        grid = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
-        for label, text in self.progress.summary():
-            grid.add_row(Text(label), self._text(text))
-        return self._panel(grid, style="red" if self.progress.batch.failed_tasks else "green")
 
     def _panel(self, *parts: RenderableType, style: str = "") -> Panel:
         title = self._text(f"batch {self.progress.batch_id}")

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Callable, List, Optional, Sequence, TextIO
 
-from ._progress import Progress, health_rows, printable
+from ._progress import Progress, health_rows, plural, printable, share
 from .models import Batch, BatchCost, HealthResponse, TaskResponse
 
 __all__ = ["Monitor", "PlainMonitor"]
@@ -67,8 +67,11 @@ class PlainMonitor(Monitor):
         self._write(f"server {health.status}: {services}")
 
     def upload(self, batch_id: str, uploaded: int, total: Optional[int]) -> None:
-        self.progress.upload(batch_id, uploaded, total)
-        self._say("upload", self.progress.uploaded_text())
+        progress = self.progress
+        progress.batch_id, progress.moved = batch_id, (uploaded, total)
+        progress.chunks = progress.chunks + 1 if uploaded else 0
+        chunks = f" in {plural(progress.chunks, 'chunk')}" if uploaded else ""
+        self._say("upload", f"{share(uploaded, total)} tasks uploaded{chunks}")
 
     def batch(self, batch: Optional[Batch], submitted: int, cost: BatchCost) -> None:
         progress = self.progress
@@ -78,8 +81,8 @@ class PlainMonitor(Monitor):
             self._say("batch", f"{progress.done_text()}: {news}", detail=", ".join(progress.times()))
 
     def download(self, received: int, total: Optional[int]) -> None:
-        self.progress.received, self.progress.to_receive = received, total
-        self._say("download", self.progress.received_text())
+        self.progress.moved = received, total
+        self._say("download", f"{share(received, total)} results received")
 
     def note(self, text: str) -> None:
         self._write(text)
