@@ -8,7 +8,8 @@ from .models import Batch, BatchCost, HealthResponse, TaskResponse
 
 #: Speed is measured over this many polls: four minutes at the client's usual interval.
 _SAMPLES = 120
-_FAILURES_SHOWN = 3
+#: So many kinds of failures are shown.
+_FAILURE_LABELS = ("failures", "", "")
 _FAILURE_LENGTH = 120
 #: Tries, ids and times: failures that differ in nothing else are of one kind.
 _NUMBERS = re.compile(r"\S*\d\S*")
@@ -104,6 +105,8 @@ class Progress:
         batch = self.batch
         taken = self.elapsed if self.chunks or batch.duration is None else batch.duration
         cost = f"{money(self.cost.total)} ({money(self.cost.input)} in, {money(self.cost.output)} out)"
+        failures = zip(_FAILURE_LABELS, self.failures.most_common())
+        more = len(self.failures) - len(_FAILURE_LABELS)
         rows = [
             (True, "tasks", f"{self.total:,}: {', '.join(self.counts()[:3])}"),
             (True, "duration", duration(taken)),
@@ -112,15 +115,10 @@ class Progress:
             (batch.cached_tasks, "cache", f"saved {plural(batch.cached_tasks, 'call')}"),
             (self.cut_off, "cut off", f"{plural(self.cut_off, 'result')} ended at the token limit"),
             (self.filtered, "filtered", f"{plural(self.filtered, 'result')} held back by the provider, or refused"),
+            *((True, label, f"{count:,} x {_shorten(error)}") for label, (error, count) in failures),
+            (more > 0, "", f"and {plural(more, 'other kind')}"),
         ]
-        return [(label, text) for there_is, label, text in rows if there_is] + self._failure_rows()
-
-    def _failure_rows(self) -> List[Tuple[str, str]]:
-        texts = [f"{count:,} x {_shorten(error)}" for error, count in self.failures.most_common(_FAILURES_SHOWN)]
-        more = len(self.failures) - len(texts)
-        if more:
-            texts.append(f"and {plural(more, 'other kind')}")
-        return [("" if i else "failures", text) for i, text in enumerate(texts)]
+        return [(label, text) for there_is, label, text in rows if there_is]
 
     def _per_second(self, column: int) -> float:
         """How fast a column of the samples grows; 0 where that can't be told yet."""

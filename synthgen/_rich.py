@@ -74,7 +74,7 @@ class RichMonitor(PlainMonitor):
 
     def note(self, text: str) -> None:
         if self._start():
-            self.progress.notes = [*self.progress.notes, text]  # not changed in place: another thread draws it
+            self.progress.notes.append(text)
         else:
             super().note(text)
 
