@@ -18,8 +18,7 @@ def replacing(path: Union[str, "os.PathLike[str]"]) -> Iterator[BinaryIO]:
         raise OSError(errno.ENOENT, "no such folder", os.path.dirname(target))
     if os.path.exists(target) and not os.path.isfile(target):
         raise OSError(errno.EINVAL, "there is something else than a file", target)
-    ours = glob.escape(target) + "." + "[0-9a-f]" * 8 + ".part"
-    for left in glob.glob(ours):  # by a process that was killed, if nobody holds it
+    for left in glob.glob(f"{glob.escape(target)}.{'[0-9a-f]' * 8}.part"):  # by a killed process, if nobody holds it
         with suppress(OSError), open(left, "ab") as file:
             hold(file)
             os.unlink(left)
@@ -34,10 +33,9 @@ def replacing(path: Union[str, "os.PathLike[str]"]) -> Iterator[BinaryIO]:
         if os.path.exists(target):
             shutil.copymode(target, part)
         os.replace(part, target)
-    except BaseException:
-        with suppress(FileNotFoundError):
+    finally:
+        with suppress(FileNotFoundError):  # it was moved
             os.unlink(part)
-        raise
 
 
 def hold(file: IO[Any]) -> None:
