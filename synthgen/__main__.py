@@ -93,7 +93,7 @@ def _demo(args: argparse.Namespace) -> int:
         results = client.monitor_batch(tasks, None, _DEMO_PRICES.input, _DEMO_PRICES.output, monitor=monitor)
     width = max(map(len, args.equations))
     for text, result in zip(args.equations, results):
-        print(printable(f"{text.ljust(width)}  ->  {result.content or result.error}", sys.stdout.encoding))
+        _print(f"{text.ljust(width)}  ->  {result.content or result.error}")
     print(", ".join([*monitor.progress.tokens()[:2], f"cost {money(monitor.progress.cost.total)}"]), end=" ")
     print(f"(at {_DEMO_PRICES.input:g} and {_DEMO_PRICES.output:g} per million)")
     return _outcome(results)
@@ -126,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
             return _OK
         if args.dry_run:
             for label, text in plan(tasks, args.input_cost, args.output_cost, args.rpm, args.tpm):
-                print(printable(f"{label:<10}{text}", sys.stdout.encoding))
+                _print(f"{label:<10}{text}")
             return _OK
         try:
             has_failed = _write_results(args, tasks)
@@ -413,14 +413,17 @@ def _print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         return
     widths = [max(map(len, column)) for column in zip(headers, *cells)]
     for row in (headers, *cells):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths))
-        print(printable(line.rstrip(), sys.stdout.encoding))
+        _print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M}"
     return f"{value:,}" if isinstance(value, int) else str(value or "")
+
+
+def _print(text: str) -> None:
+    print(printable(text, getattr(sys.stdout, "encoding", None)))  # which does nothing where stdout is closed
 
 
 def _say(text: str) -> None:

@@ -720,6 +720,17 @@ def test_a_run_needs_no_stdout_where_there_is_a_file(provider):
     assert subprocess.call(command, env=environment, preexec_fn=close_output) == 2
 
 
+@pytest.mark.parametrize("argv", [["run", "tasks.jsonl", "--dry-run"], ["demo", "solve 2x = 4"], ["batches"]])
+def test_what_nobody_can_read_is_no_error(argv, local, provider):
+    """Where stdout is closed, tables and solutions go nowhere."""
+    write_tasks(provider, "one")
+
+    process = start(*argv, preexec_fn=lambda: os.close(1))
+
+    assert "Traceback" not in process.communicate(timeout=DEADLINE)[1]
+    assert process.returncode == 0
+
+
 def close_output():
     os.close(1)
     os.close(2)
