@@ -17,6 +17,7 @@ import time
 import uuid
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Union
 
 from pydantic import BaseModel
@@ -41,13 +42,12 @@ from .exceptions import (
     SynthgenError,
 )
 from .models import BatchCost, HealthStatus, Task, TaskResponse, TaskStatus
-from .monitor import choose_monitor, load_rich
+from .monitor import PlainMonitor, choose_monitor, load_rich
 
 __all__ = ["main"]
 
 _OK, _SOME_FAILED, _REFUSED, _UNREACHABLE, _UNFINISHED, _INTERRUPTED = 0, 1, 2, 3, 4, 130
 
-_PORT = 8002  # the client's default, too
 _CHUNK_SIZE = 1000
 _DEMO_PRICES = BatchCost(input=0.15, output=0.60)
 _DEMO = [f"solve {a}x + 4 = {4 + a * x}" for a, x in zip(range(2, 12), (3, 5, 2, 7, 4, 9, 6, 8, 1, 10))]
@@ -335,8 +335,7 @@ def _refuse_unfinished(database: str) -> None:
 
 def _remove(*paths: str) -> None:
     for path in paths:
-        with suppress(FileNotFoundError):
-            os.remove(path)
+        Path(path).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -427,10 +426,8 @@ def _print(text: str) -> None:
 
 
 def _say(text: str) -> None:
-    if sys.stderr is None:  # as it is when closed
-        return
     with suppress(OSError):  # nobody reads it
-        print(printable(text, sys.stderr.encoding), file=sys.stderr, flush=True)  # Python 3.8 would keep it from a log
+        PlainMonitor().note(text)  # on stderr, whole, and at once
 
 
 # --------------------------------------------------------------------------------------------- parser
@@ -497,7 +494,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command(_serve, about, "serve --db batches.db", limits)
     add("--db", metavar="FILE", help="where batches are kept; by default they are gone at the end")
     add("--host", default="127.0.0.1", metavar="H", help="address to listen at (default: %(default)s)")
-    add("--port", default=_PORT, type=int, metavar="P", help="0 takes a free one (default: %(default)s)")
+    add("--port", default=8002, type=int, metavar="P", help="0 takes a free one (default: %(default)s)")  # the client's
     command(_watch, "watch a batch until it ends", "watch BATCH_ID --timeout 3600", server, batch, follow)
     about = "write the tasks of a batch, with their results"
     add = command(_export, about, "export BATCH_ID | jq .status", server, batch, output)
