@@ -166,21 +166,9 @@ def _write_results(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks]
 
 
 def _run_batch(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks], file: BinaryIO) -> bool:
-    with _local_client(args, tasks) if args.local else _client(args) as client, _saying_how_to_go_on(args):
-        if args.batch:
-            client.get_batch(args.batch)  # a name that is wrong is found out now
-        batch = client.run_batch(
-            tasks,
-            file,
-            args.batch,
-            args.input_cost,
-            args.output_cost,
-            chunk_size=_CHUNK_SIZE,
-            timeout=args.timeout,
-            stall_timeout=args.stall_timeout,
-            monitor=choose_monitor(),
-            checkpoint=None if args.batch else args.checkpoint,
-        )
+    with _local_client(args, tasks) if args.local else _client(args) as client, _following(args, client) as options:
+        checkpoint = None if args.batch else args.checkpoint
+        batch = client.run_batch(tasks, file, args.batch, chunk_size=_CHUNK_SIZE, checkpoint=checkpoint, **options)
     return batch.failed_tasks > 0
 
 
@@ -201,11 +189,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _watch(args: argparse.Namespace) -> int:
-    with _client(args) as client, _saying_how_to_go_on(args):
-        client.get_batch(args.batch)  # a name that is wrong is found out now
-        prices = args.input_cost, args.output_cost
-        limits = {"timeout": args.timeout, "stall_timeout": args.stall_timeout}
-        return _outcome(client.monitor_batch(None, args.batch, *prices, **limits, monitor=choose_monitor()))
+    with _client(args) as client, _following(args, client) as options:
+        return _outcome(client.monitor_batch(batch_id=args.batch, **options))
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -339,10 +324,18 @@ def _remove(*paths: str) -> None:
 
 
 @contextmanager
-def _saying_how_to_go_on(args: argparse.Namespace) -> Iterator[None]:
-    """The same words go on, whatever ended them early; where money did, with a higher cap."""
+def _following(args: argparse.Namespace, client: SynthgenClient) -> Iterator[Dict[str, Any]]:
+    """How to follow a batch. The same words go on, whatever ended them early; where money did, with a higher cap."""
     try:
-        yield
+        if args.batch:
+            client.get_batch(args.batch)  # a name that is wrong is found out now
+        yield {
+            "cost_by_1m_input_token": args.input_cost,
+            "cost_by_1m_output_token": args.output_cost,
+            "timeout": args.timeout,
+            "stall_timeout": args.stall_timeout,
+            "monitor": choose_monitor(),
+        }
     except (KeyboardInterrupt, BatchStalledError, BatchTimeoutError, BatchUploadError, BudgetExceededError) as exc:
         if isinstance(exc, BudgetExceededError) and vars(args).get("max_cost"):  # else it is the cap of a script
             _say("what --max-cost allows is used up: it has to be higher")
