@@ -253,12 +253,11 @@ def _delete(args: argparse.Namespace) -> int:
     with _client(args, retries=1) as client:
         batch = client.get_batch(args.batch)
         if not batch.done and not args.force:
-            _say(
-                f"error: batch {args.batch!r} is running, with {batch.finished_tasks:,} of {batch.total_tasks:,} tasks "
+            raise ConfigurationError(
+                f"batch {args.batch!r} is running, with {batch.finished_tasks:,} of {batch.total_tasks:,} tasks "
                 "done, and deleting does not stop it: the framework may call the provider for it again and again. "
                 "Wait for it (synthgen watch), or delete it all the same with --force"
             )
-            return _REFUSED
         client.delete_batch(args.batch)
     _say(f"deleted batch {args.batch!r}")
     return _OK
