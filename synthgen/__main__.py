@@ -44,8 +44,6 @@ from .exceptions import (
 from .models import BatchCost, HealthStatus, Task, TaskResponse, TaskStatus
 from .monitor import PlainMonitor, choose_monitor, load_rich
 
-__all__ = ["main"]
-
 _OK, _SOME_FAILED, _REFUSED, _UNREACHABLE, _UNFINISHED, _INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 _CHUNK_SIZE = 1000

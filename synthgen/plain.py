@@ -11,8 +11,6 @@ from typing import Callable, List, Optional, Sequence, TextIO
 from ._progress import Progress, health_rows, plural, printable, share
 from .models import Batch, BatchCost, HealthResponse, TaskResponse
 
-__all__ = ["Monitor", "PlainMonitor"]
-
 #: `PlainMonitor` writes at most one line in this time, except at the start and the end of something.
 _LINE_INTERVAL = 10.0
 
