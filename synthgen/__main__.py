@@ -465,8 +465,7 @@ def _parser() -> argparse.ArgumentParser:
     limits.add_argument("--tpm", type=_limit, metavar="N", help="tokens a minute that it allows")
     as_json.add_argument("--json", action="store_true", help="JSON in place of a table")
 
-    about = "run the whole job on this machine: no server, model or key"
-    add = command(_demo, about, "demo 'solve 7x - 3 = 25'")
+    add = command(_demo, "run the whole job on this machine: no server, model or key", "demo 'solve 7x - 3 = 25'")
     add("equations", nargs="*", default=_DEMO, metavar="EQUATION", help="to be solved; by default ten")
     about = "run the tasks of a file, and write one result per task, in their order"
     example = "tasks.jsonl -o results.jsonl --local --provider https://openrouter.ai/api --key-env OPENROUTER_API_KEY"
