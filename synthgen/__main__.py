@@ -371,9 +371,6 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------------- results
-
-
 @contextmanager
 def _output(args: argparse.Namespace) -> Iterator[BinaryIO]:
     """Where results go. A file that can't be written is found out now, and is there only when all is in it."""
