@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import uuid
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Union
@@ -99,7 +99,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     is_stdin = args.tasks == "-"
-    beside = args.output or ("synthgen-stdin" if is_stdin else args.tasks)
+    beside = args.output or (args.tasks if os.path.isfile(args.tasks) else "synthgen-stdin")
     args.checkpoint, args.database = f"{beside}.checkpoint", args.db or f"{beside}.db"
     if args.local and args.base_url:
         raise ConfigurationError("--local starts a server of its own: leave out --base-url")
@@ -107,6 +107,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigurationError("--db is the database of --local: give both")
     if args.output and os.path.exists(args.output) and not is_stdin and os.path.samefile(args.output, args.tasks):
         raise ConfigurationError(f"{args.output} is the file with the tasks: results need another")
+    if args.output and os.path.realpath(args.output) == os.path.realpath(args.database):
+        raise ConfigurationError(f"{args.output} is the database: results need another file")
     if not (args.local or args.dry_run) and (args.workers is not None or args.rpm or args.tpm or args.max_cost):
         raise ConfigurationError("--workers, --rpm, --tpm and --max-cost are what --local keeps to: give both")
     if args.retry_failed and (args.batch or not args.output):
@@ -114,9 +116,7 @@ def _run(args: argparse.Namespace) -> int:
     key = None if args.key_env is None else os.environ.get(args.key_env)
     if args.key_env is not None and not key:
         raise ConfigurationError(f"--key-env {args.key_env}: there is no such environment variable")
-    with tempfile.TemporaryFile() if is_stdin else open(args.tasks, "rb") as file:
-        if is_stdin:
-            shutil.copyfileobj(sys.stdin.buffer, file)
+    with _seekable(args.tasks) as file:
         all_tasks = TaskFile(file, "stdin" if is_stdin else args.tasks, args.provider, key)
         tasks = FailedTasks(all_tasks, args.output) if args.retry_failed else all_tasks
         if not len(tasks):
@@ -142,6 +142,18 @@ def _run(args: argparse.Namespace) -> int:
     if args.local and not args.db:
         _remove(*(args.database + suffix for suffix in ("", "-wal", "-shm")))
     return _OK
+
+
+@contextmanager
+def _seekable(path: str) -> Iterator[BinaryIO]:
+    """A file to read as often as is wanted; a copy of what can be read only once, as stdin and pipes."""
+    with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+        if path != "-" and file.seekable():
+            yield file
+            return
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(file, copy)
+            yield copy
 
 
 def _write_results(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks]) -> bool:

@@ -191,6 +191,15 @@ def test_the_file_with_the_tasks_is_not_replaced_by_their_results(output, local,
     assert Path("tasks.jsonl").read_bytes() == before and provider.requests == []
 
 
+@pytest.mark.parametrize("output", ["kept.db", "./kept.db"])
+def test_the_database_is_not_replaced_by_results(output, provider, capsys):
+    """It holds batches, and may hold others than this."""
+    assert main(["run", write_tasks(provider, "one"), "-o", output, "--local", "--db", "kept.db"]) == 2
+
+    assert f"{output} is the database" in capsys.readouterr().err
+    assert not os.path.exists("kept.db") and provider.requests == []
+
+
 def test_force_without_a_result_leaves_the_file_as_it_was(server, provider, capsys):
     """The server lost every task: exit 4, and the results of an earlier run are still there."""
     services = {"task_queue_consumers": 1, "task_queue_messages": 0, "batch_queue_messages": 0}
@@ -365,6 +374,20 @@ def test_a_dash_reads_tasks_from_stdin(local, provider, capsys, monkeypatch):
 
     assert main(["run", "-"]) == 0
     assert read_lines(capsys.readouterr().out)[0]["custom_id"] == "piped"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_tasks_are_read_from_a_pipe(provider, capsys):
+    """As a shell makes one of <(zcat tasks.jsonl.gz): it can be read only once, and nothing can be put beside it."""
+    os.mkfifo("pipe")
+    line = chat_line(provider, "piped")
+    writer = threading.Thread(target=lambda: Path("pipe").write_text(line, encoding="ascii"))
+    writer.start()
+
+    assert main(["run", "pipe", "--local"]) == 0
+    writer.join()
+    assert read_lines(capsys.readouterr().out)[0]["custom_id"] == "piped"
+    assert os.listdir() == ["pipe"]
 
 
 @pytest.mark.parametrize(
