@@ -1,25 +1,20 @@
 """Which tasks of an upload does a batch have, after the answer to that upload was lost?
 
-Ingestion is the server's, in its own order and time: this is as sure as reading can make it. The network is
-reached through the functions given.
+Ingestion is the server's, in its own order and time: this is as sure as reading can make it.
 """
 
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Callable, Iterable, List, Optional
+from typing import TYPE_CHECKING, Iterable, List, Optional
 
 from ._matching import result_digest, task_digest
-from ._waiting import AWAY_ERRORS, SETTLED_AFTER, has_no_index, knows_queues
-from .exceptions import (
-    APIError,
-    BatchTimeoutError,
-    ConnectionFailedError,
-    InvalidResponseError,
-    NotFoundError,
-    ServerError,
-)
-from .models import Batch, HealthResponse, Task, TaskResponse
+from ._waiting import AWAY_ERRORS, LONGEST_POLL, SETTLED_AFTER, has_no_index, knows_queues
+from .exceptions import BatchTimeoutError, ConnectionFailedError, InvalidResponseError, NotFoundError, ServerError
+from .models import Task
+
+if TYPE_CHECKING:
+    from .client import SynthgenClient
 
 #: How long nothing of an upload may be seen, while the server answers, before it was not taken. The framework handles
 #: one in less than a second, and shows it after its index refresh of 5 s; the rest is for a worker that is busy.
@@ -34,23 +29,13 @@ class ReadBack:
     """Looks into one batch for tasks whose upload got no answer.
 
     Attributes:
-        get_batch: Asks for the batch, with as many ``retries`` as are given.
-        check_health: Asks for the server's health once.
-        iter_tasks: The tasks in the batch, as they are now.
-        pause: Waits before a repeat, of this number in a row and after this error; raises that if it would be too long.
-        sleep: Pauses for so many seconds.
+        client: Asks the server, which may fail to answer as often in a row as the client repeats a request.
         batch_id: The batch.
-        retries: How often in a row the server may not answer.
         deadline: When to give up, by ``time.monotonic()``; None for never.
     """
 
-    get_batch: Callable[..., Batch]
-    check_health: Callable[[], HealthResponse]
-    iter_tasks: Callable[[], Iterable[TaskResponse]]
-    pause: Callable[[int, APIError], None]
-    sleep: Callable[[float], None]
+    client: "SynthgenClient"
     batch_id: str
-    retries: int
     deadline: Optional[float]
 
     def check_deadline(self) -> None:
@@ -61,7 +46,7 @@ class ReadBack:
     def total(self, **options: int) -> int:
         """How many tasks the batch has just now; 0 where there is no such batch, or none of it was ingested yet."""
         try:
-            return self.get_batch(**options).total_tasks
+            return self.client._get_batch(self.batch_id, read_timeout=LONGEST_POLL, **options).total_tasks
         except NotFoundError:
             return 0
         except ServerError as exc:
@@ -124,9 +109,9 @@ class ReadBack:
                 last, total = total, self.total(retries=0)
             except AWAY_ERRORS as exc:
                 away, total = away + 1, None
-                if away > self.retries:
+                if away > self.client._retries:
                     raise
-                self.pause(away, exc)
+                self.client._pause(away, exc)
                 continue
             is_queued = self._has_queued_uploads()
             away, now = 0, time.monotonic()
@@ -139,13 +124,13 @@ class ReadBack:
                 return total
             if now - started > _LONGEST_LOOK:
                 raise ServerError(f"batch {self.batch_id!r} does not come to rest: uploads are queued, or it grows")
-            self.sleep(pause)
+            self.client._sleep(pause)
             pause = min(pause * _PAUSE_GROWTH, _LONGEST_PAUSE)
 
     def _has_queued_uploads(self) -> Optional[bool]:
         """Whether uploads wait, as far as the server knows; None if it does not answer that just now."""
         try:
-            health = self.check_health()
+            health = self.client.check_health()
         except AWAY_ERRORS:
             return None
         return not knows_queues(health) or bool(health.services.batch_queue_messages)
@@ -154,7 +139,7 @@ class ReadBack:
         """How often each of these is in the batch; all of its ``total`` tasks are looked at."""
         there: Counter[bytes] = Counter()
         seen = 0
-        for seen, task in enumerate(self.iter_tasks(), 1):
+        for seen, task in enumerate(self.client.iter_batch_tasks(self.batch_id), 1):
             digest = result_digest(task)
             if digest in wanted:
                 there[digest] += 1

@@ -54,7 +54,7 @@ class Upload:
     def __post_init__(self) -> None:
         self._batch_id = self.read_back.batch_id
         #: How often a chunk is sent again after its answer was lost; with a key of the caller's, the caller looks.
-        self._repeats = 0 if self.key else self.read_back.retries
+        self._repeats = 0 if self.key else self.read_back.client._retries
         self._first_key = self.key or uuid.uuid4().hex
         self._total = len(self.tasks) if isinstance(self.tasks, TaskSource) else None
         self._chunks = Chunks(self.tasks, self.chunk_size, self.checkpoint.counts if self.checkpoint else ())

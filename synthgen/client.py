@@ -52,7 +52,7 @@ from ._retry import LONGEST_RETRY_AFTER, backoff_time, innermost, may_have_arriv
 from ._stream import iter_tasks
 from ._uploads import Upload
 from ._version import __version__
-from ._waiting import AWAY_ERRORS, LONGEST_POLL, BatchWait, describe_queues
+from ._waiting import AWAY_ERRORS, BatchWait, describe_queues
 from .exceptions import (
     APIError,
     BatchIncompleteError,
@@ -388,7 +388,7 @@ class SynthgenClient:
         Raises:
             NotFoundError: There is no such batch, or the server has not ingested any of it yet.
         """
-        return self._get_batch(_batch_path(batch_id))
+        return self._get_batch(batch_id)
 
     def iter_batch_tasks(
         self, batch_id: str, task_status: Optional[Union[TaskStatus, str]] = None
@@ -406,7 +406,8 @@ class SynthgenClient:
             NotFoundError: There is no such batch.
             ConnectionFailedError: The stream broke, and so did the repeats.
         """
-        return self._iter_export(_batch_path(batch_id), task_status, with_source=False)
+        _batch_path(batch_id)  # raises now, and not when the first task is asked for
+        return self._iter_export(batch_id, task_status, with_source=False)
 
     def get_batch_tasks(
         self,
@@ -437,7 +438,7 @@ class SynthgenClient:
         """
         written = 0
         with _watching(monitor) as told, replacing(path) as file, closing(
-            self._iter_export(_batch_path(batch_id), task_status, with_source=True)
+            self._iter_export(batch_id, task_status, with_source=True)
         ) as export:
             for _, source in _counted(export, told, None):
                 file.write(source.replace(b"\n", b" ") + b"\n")  # in JSON a line break is a space: a text has \\n
@@ -521,23 +522,12 @@ class SynthgenClient:
     ) -> BulkTaskResponse:
         if checkpoint is not None:
             batch_id, chunk_size = checkpoint.batch_id, checkpoint.chunk_size
-        path = _batch_path(batch_id)
-        read_back = ReadBack(
-            lambda **options: self._get_batch(path, read_timeout=LONGEST_POLL, **options),
-            self.check_health,
-            lambda: self.iter_batch_tasks(batch_id),
-            self._pause,
-            self._sleep,
-            batch_id=batch_id,
-            retries=self._retries,
-            deadline=deadline,
-        )
         upload = Upload(
             tasks,
             note,
             lambda lines, key: self._upload(batch_id, lines, key),
             self._was_refused,
-            read_back,
+            ReadBack(self, batch_id, deadline),
             monitor,
             chunk_size=chunk_size,
             is_own=is_own,
@@ -610,7 +600,7 @@ class SynthgenClient:
             if results.tasks == 0:
                 raise ValueError("there are no tasks to run")
             wait = BatchWait(
-                lambda read_timeout: self._get_batch(_batch_path(batch_id), retries=0, read_timeout=read_timeout),
+                lambda read_timeout: self._get_batch(batch_id, retries=0, read_timeout=read_timeout),
                 self.check_health,
                 self._sleep,
                 monitor,
@@ -634,7 +624,7 @@ class SynthgenClient:
             matched = surplus = 0
             try:
                 if wait.batch is not None:
-                    with closing(self._iter_export(_batch_path(batch_id), None, results.needs_source)) as export:
+                    with closing(self._iter_export(batch_id, None, results.needs_source)) as export:
                         received = _counted(export, monitor, wait.batch.finished_tasks)
                         matched, surplus = results.match(received, lambda ids: self._look_up(ids, monitor))
             except AWAY_ERRORS as exc:
@@ -683,10 +673,11 @@ class SynthgenClient:
     # Exports.
 
     def _iter_export(
-        self, batch_path: str, task_status: Optional[Union[TaskStatus, str]], with_source: bool
+        self, batch_id: str, task_status: Optional[Union[TaskStatus, str]], with_source: bool
     ) -> Generator[Any, None, None]:
         """Each task once, beside its JSON if wanted, whatever becomes of the streams that they come in."""
-        before = self._get_batch(batch_path)
+        path = f"{_batch_path(batch_id)}/tasks/export"
+        before = self._get_batch(batch_id)
         seen: Set[str] = set()
         repeats = 0  # in a row that brought nothing new
         while True:
@@ -694,18 +685,18 @@ class SynthgenClient:
             try:
                 # The adapter repeats the first request; from then on the repeats are counted here.
                 retries = 0 if repeats else self._retries
-                with closing(self._stream_export(batch_path, task_status, retries, with_source)) as stream:
+                with closing(self._stream_export(path, task_status, retries, with_source)) as stream:
                     for tasks, source in stream:
                         for task in tasks:
                             if task.message_id not in seen:
                                 seen.add(task.message_id)
                                 yield (task, source) if with_source else task
-                after = self._get_batch(batch_path)
+                after = self._get_batch(batch_id)
                 expected = min(_expected(before, task_status), _expected(after, task_status))
                 if len(seen) >= expected:
                     return
                 raise ConnectionFailedError(
-                    f"{self._name('GET', batch_path)}/tasks/export: it ended after {len(seen):,} of {expected:,} tasks"
+                    f"{self._name('GET', path)}: it ended after {len(seen):,} of {expected:,} tasks"
                 )
             except AWAY_ERRORS as exc:
                 is_final = isinstance(exc, (RateLimitError, ServerError)) and not repeats
@@ -718,9 +709,8 @@ class SynthgenClient:
                 self._pause(repeats, exc)
 
     def _stream_export(
-        self, batch_path: str, task_status: Optional[Union[TaskStatus, str]], retries: int, with_source: bool
+        self, path: str, task_status: Optional[Union[TaskStatus, str]], retries: int, with_source: bool
     ) -> Generator[Tuple[Iterable[TaskResponse], bytes], None, None]:
-        path = f"{batch_path}/tasks/export"
         what = self._name("GET", path)
         params = None if task_status is None else {"task_status": str(task_status)}
         # A truncated gzip stream would end without an error.
@@ -743,8 +733,9 @@ class SynthgenClient:
 
     # The one way to the network.
 
-    def _get_batch(self, path: str, **options: Any) -> Batch:
-        return self._get(Batch, path, null="no such batch (was it deleted, or is it not ingested yet?)", **options)
+    def _get_batch(self, batch_id: str, **options: Any) -> Batch:
+        null = "no such batch (was it deleted, or is it not ingested yet?)"
+        return self._get(Batch, _batch_path(batch_id), null=null, **options)
 
     def _get(self, model: Type[_Model], path: str, *, null: str = "", **options: Any) -> _Model:
         """The answer to a GET, as a model; where ``null`` says what the server's null means, that is an error."""
