@@ -3,7 +3,7 @@
 import uuid
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Callable, Iterable, List, Optional
+from typing import TYPE_CHECKING, Callable, Iterable, List, Optional
 
 from ._checkpoint import Checkpoint
 from ._chunks import Chunks, TaskSource, as_task
@@ -16,8 +16,11 @@ from .exceptions import (
     InvalidResponseError,
     NotFoundError,
 )
-from .models import Task
+from .models import BulkTaskResponse, Task
 from .monitor import Monitor
+
+if TYPE_CHECKING:
+    from .client import SynthgenClient
 
 
 @dataclass
@@ -25,36 +28,36 @@ class Upload:
     """Sends tasks to a batch. What may have been taken is not sent again before the batch was looked at.
 
     Attributes:
+        client: Sends each chunk.
         tasks: What to send; read once, but for a `TaskSource` that has to be looked at again.
-        note: Told of each chunk before it is sent.
-        post: Sends a chunk under a key, and gives the batch that took it. The server deduplicates by the key if
-            `deduplicates`.
-        was_refused: Whether a chunk whose sending ended like this was surely not taken.
-        read_back: Looks into the batch.
-        monitor: Told of each chunk that was taken.
         chunk_size: The most tasks in a chunk.
+        batch_id: The batch.
+        monitor: Told of each chunk that was taken.
+        checkpoint: Where to note what was taken; its batch and its size of a chunk hold.
+        note: Told of each chunk before it is sent.
         is_own: The batch is a new one, and nobody else adds to it.
-        deduplicates: Whether the server takes what is sent under the same key only once.
         key: What names the first chunk, if that is not to be made up: an earlier call may have sent it.
-        checkpoint: Where to note what was taken.
+        deadline: When to begin no more uploads, by ``time.monotonic()``; None for never.
     """
 
+    client: "SynthgenClient"
     tasks: Iterable[Task]
-    note: Callable[[List[Task]], None]
-    post: Callable[[bytes, str], str]
-    was_refused: Callable[[Exception], bool]
-    read_back: ReadBack
-    monitor: Monitor
     chunk_size: int
-    is_own: bool
-    deduplicates: bool
-    key: Optional[str]
+    batch_id: str
+    monitor: Monitor
     checkpoint: Optional[Checkpoint]
+    note: Callable[[List[Task]], None] = lambda chunk: None
+    is_own: bool = True
+    key: Optional[str] = None
+    deadline: Optional[float] = None
 
     def __post_init__(self) -> None:
-        self._batch_id = self.read_back.batch_id
+        if self.checkpoint:
+            self.batch_id, self.chunk_size = self.checkpoint.batch_id, self.checkpoint.chunk_size
+        self._deduplicates = self.client._idempotent_uploads
+        self._read_back = ReadBack(self.client, self.batch_id, self.deadline)
         #: How often a chunk is sent again after its answer was lost; with a key of the caller's, the caller looks.
-        self._repeats = 0 if self.key else self.read_back.client._retries
+        self._repeats = 0 if self.key else self.client._retries
         self._first_key = self.key or uuid.uuid4().hex
         self._total = len(self.tasks) if isinstance(self.tasks, TaskSource) else None
         self._chunks = Chunks(self.tasks, self.chunk_size, self.checkpoint.counts if self.checkpoint else ())
@@ -66,8 +69,8 @@ class Upload:
         self._in_doubt = False
         self._why_unknown = ""
 
-    def run(self) -> int:
-        """Send all tasks; return their number.
+    def run(self) -> BulkTaskResponse:
+        """Send all tasks; return the batch's id and their number.
 
         Raises:
             BatchUploadError: Something ended it early. It says what was taken, and how to go on.
@@ -77,18 +80,18 @@ class Upload:
         sent = 0
         try:
             self._look_at_batch()
-            self.monitor.upload(self._batch_id, 0, self._total)
+            self.monitor.upload(self.batch_id, 0, self._total)
             for sent, (chunk, lines) in enumerate(self._chunks, 1):
                 self._send(sent - 1, chunk, lines)
                 chunk.clear()  # they are held elsewhere too, and would be until the next chunk is made
-                self.monitor.upload(self._batch_id, self._uploaded, self._total)
+                self.monitor.upload(self.batch_id, self._uploaded, self._total)
             if self.checkpoint:
                 self.checkpoint.end(sent, self._uploaded)
         except KeyboardInterrupt:
             known = f"{self._uploaded:,} tasks are in it, the next {len(self._unsent):,} may be. "
             known *= not self.checkpoint  # that knows better
             raise KeyboardInterrupt(
-                f"batch {self._batch_id!r} was being uploaded: {known}{self._how_to_go_on('the others')}"
+                f"batch {self.batch_id!r} was being uploaded: {known}{self._how_to_go_on('the others')}"
             ) from None
         except CheckpointError:
             raise
@@ -96,19 +99,19 @@ class Upload:
             if not (self._uploaded or self._unsent or self._chunks.unsent):
                 raise  # the iterable failed before its first task
             raise self._error(exc) from exc
-        return self._uploaded
+        return BulkTaskResponse(batch_id=self.batch_id, total_tasks=self._uploaded)
 
     def _look_at_batch(self) -> None:
         """Find out what is in a batch that is not new."""
         if self.checkpoint and self.checkpoint.taken:
-            total = self.read_back.total()
-            if not total and not self.deduplicates:  # what was taken a moment ago may be on its way
-                total = self.read_back.settled_total(0)
+            total = self._read_back.total()
+            if not total and not self._deduplicates:  # what was taken a moment ago may be on its way
+                total = self._read_back.settled_total(0)
             if not total:
-                gone = self.checkpoint.error(f"the server has nothing of its batch {self._batch_id!r} (deleted?)")
+                gone = self.checkpoint.error(f"the server has nothing of its batch {self.batch_id!r} (deleted?)")
                 raise NotFoundError(gone.message, status_code=404)
-        elif self._repeats and not self.deduplicates and not self.is_own:
-            self._before = self.read_back.total()
+        elif self._repeats and not self._deduplicates and not self.is_own:
+            self._before = self._read_back.total()
 
     def _send(self, index: int, chunk: List[Task], lines: bytes) -> None:
         """Send a chunk until all of it was taken; after a lost answer, only what the batch does not have."""
@@ -121,22 +124,22 @@ class Upload:
             self._uploaded, self._unsent = start + len(chunk), []
             return
         self._chunk_key = first_key = noted or key
-        if noted and not self.deduplicates:
+        if noted and not self._deduplicates:
             self._look_for(chunk, start)
         while self._unsent:
-            self.read_back.check_deadline()
+            self._read_back.check_deadline()
             if len(self._unsent) < len(chunk):
                 lines = b"\n".join(task.to_line() for task in self._unsent)
             # Under a key of before, an earlier call may have sent what this one could not.
             may_be_known = self._chunk_key == first_key and bool(noted or self.key)
             self._in_doubt = True
             try:
-                taken_by = self.post(lines, self._chunk_key)
+                taken_by = self.client._upload(self.batch_id, lines, self._chunk_key)
             except Exception as exc:
-                self._in_doubt = may_be_known or not self.was_refused(exc)
+                self._in_doubt = may_be_known or not self.client._was_refused(exc)
                 # A server that deduplicates refuses tasks that were sent with another key of the provider's.
                 is_other_body = may_be_known and isinstance(exc, InvalidRequestError)
-                if not (self._in_doubt and repeats and (is_other_body or not self.deduplicates)):
+                if not (self._in_doubt and repeats and (is_other_body or not self._deduplicates)):
                     raise
                 self.monitor.note(f"looking whether the upload was taken all the same: {exc}")
                 repeats -= 1
@@ -146,8 +149,8 @@ class Upload:
                     self._why_unknown = f", and looking whether it was taken failed: {failed}"
                     raise exc
             else:
-                if taken_by != self._batch_id:  # to send it again would be no help
-                    raise InvalidResponseError(f"the tasks for batch {self._batch_id!r} went to batch {taken_by!r}")
+                if taken_by != self.batch_id:  # to send it again would be no help
+                    raise InvalidResponseError(f"the tasks for batch {self.batch_id!r} went to batch {taken_by!r}")
                 break
         self._uploaded, self._unsent = start + len(chunk), []
         if self.checkpoint:
@@ -157,7 +160,7 @@ class Upload:
         """Read back which tasks of a chunk the batch does not have; its total before the chunk was ``start`` more."""
         self._in_doubt = True
         sent_before = islice(map(as_task, self.tasks, count()), start) if isinstance(self.tasks, TaskSource) else None
-        self._unsent = self.read_back.find_missing(chunk, self._before + start, sent_before, self.is_own)
+        self._unsent = self._read_back.find_missing(chunk, self._before + start, sent_before, self.is_own)
         self._uploaded = start + len(chunk) - len(self._unsent)
         self._in_doubt, self._chunk_key = False, uuid.uuid4().hex
 
@@ -167,13 +170,13 @@ class Upload:
         maybe = f", {len(unconfirmed):,} more may have been" if unconfirmed else ""
         first = "First look whether the batch has those of error.unconfirmed, and send them if it has not. "
         return BatchUploadError(
-            f"batch {self._batch_id!r}: {self._uploaded:,} tasks were uploaded{maybe}, "
+            f"batch {self.batch_id!r}: {self._uploaded:,} tasks were uploaded{maybe}, "
             f"then: {str(exc) or type(exc).__name__}{self._why_unknown}. "
             + first * bool(maybe and not self.checkpoint)
             + self._how_to_go_on("error.remaining", "error.batch_id"),
             status_code=exc.status_code if isinstance(exc, APIError) else None,
             response=exc.response if isinstance(exc, APIError) else None,
-            batch_id=self._batch_id,
+            batch_id=self.batch_id,
             uploaded=self._uploaded,
             unconfirmed=unconfirmed,
             remaining=self._chunks.rest_after(([] if unconfirmed else self._unsent) + self._chunks.unsent),
@@ -183,4 +186,4 @@ class Upload:
     def _how_to_go_on(self, rest: str, batch_id: str = "") -> str:
         if self.checkpoint:
             return "The same call again goes on, by its checkpoint"
-        return f"Go on with create_batch({rest}, batch_id={batch_id or repr(self._batch_id)})"
+        return f"Go on with create_batch({rest}, batch_id={batch_id or repr(self.batch_id)})"

@@ -19,7 +19,6 @@ from typing import (
     TYPE_CHECKING,
     Any,
     BinaryIO,
-    Callable,
     ContextManager,
     Dict,
     Generator,
@@ -47,7 +46,6 @@ from ._chunks import TaskSource, as_task
 from ._config import read_config
 from ._files import replacing
 from ._matching import ResultList
-from ._read_back import ReadBack
 from ._retry import LONGEST_RETRY_AFTER, backoff_time, innermost, may_have_arrived, never_sent, pausing, retry_policy
 from ._stream import iter_tasks
 from ._uploads import Upload
@@ -249,7 +247,8 @@ class SynthgenClient:
                 raise ValueError("an idempotency key must be text that fits a header")
             chunk_size = max(chunk_size, len(tasks) if isinstance(tasks, Sized) else 0)
         with _watching(monitor) as told, self._noting(checkpoint, batch_id, chunk_size) as noted:
-            created = self._submit(tasks, chunk_size, batch_id, told, noted, is_own=is_own, key=idempotency_key)
+            upload = Upload(self, tasks, chunk_size, batch_id, told, noted, is_own=is_own, key=idempotency_key)
+            created = upload.run()
         if not created.total_tasks and is_own:  # nothing may be left of an upload that goes on
             raise ValueError("there are no tasks to upload")
         return created
@@ -507,36 +506,6 @@ class SynthgenClient:
             return False
         return True
 
-    def _submit(
-        self,
-        tasks: Iterable[Task],
-        chunk_size: int,
-        batch_id: str,
-        monitor: Monitor,
-        checkpoint: Optional[Checkpoint],
-        *,
-        note: Callable[[List[Task]], None] = lambda chunk: None,
-        is_own: bool = True,
-        key: Optional[str] = None,
-        deadline: Optional[float] = None,
-    ) -> BulkTaskResponse:
-        if checkpoint is not None:
-            batch_id, chunk_size = checkpoint.batch_id, checkpoint.chunk_size
-        upload = Upload(
-            tasks,
-            note,
-            lambda lines, key: self._upload(batch_id, lines, key),
-            self._was_refused,
-            ReadBack(self, batch_id, deadline),
-            monitor,
-            chunk_size=chunk_size,
-            is_own=is_own,
-            deduplicates=self._idempotent_uploads,
-            key=key,
-            checkpoint=checkpoint,
-        )
-        return BulkTaskResponse(batch_id=batch_id, total_tasks=upload.run())
-
     def _upload(self, batch_id: str, lines: bytes, key: str) -> str:
         """Post a chunk; gives the batch that took it."""
         body, content_type = encode_multipart_formdata({"file": ("batch.jsonl", lines, "application/x-jsonlines")})
@@ -591,10 +560,10 @@ class SynthgenClient:
             self._show_health(monitor, required=True)
         with self._noting(options.checkpoint, batch_id, options.chunk_size) as noted:
             if to_submit is not None:
-                created = self._submit(
-                    to_submit, options.chunk_size, batch_id, monitor, noted, note=results.note, deadline=deadline
+                upload = Upload(
+                    self, to_submit, options.chunk_size, batch_id, monitor, noted, results.note, deadline=deadline
                 )
-                batch_id = created.batch_id
+                batch_id = upload.run().batch_id
             elif tasks is not None:
                 results.note(map(as_task, tasks, count()))
             if results.tasks == 0:
