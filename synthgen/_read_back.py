@@ -31,16 +31,16 @@ class ReadBack:
     Attributes:
         client: Asks the server, which may fail to answer as often in a row as the client repeats a request.
         batch_id: The batch.
-        deadline: When to give up, by ``time.monotonic()``; None for never.
+        deadline: When to give up, by ``time.monotonic()``.
     """
 
     client: "SynthgenClient"
     batch_id: str
-    deadline: Optional[float]
+    deadline: float
 
     def check_deadline(self) -> None:
         """Raise BatchTimeoutError if there is no time left."""
-        if self.deadline is not None and time.monotonic() >= self.deadline:
+        if time.monotonic() >= self.deadline:
             raise BatchTimeoutError(f"batch {self.batch_id!r}: the time ran out", batch_id=self.batch_id)
 
     def total(self, **options: int) -> int:

@@ -1,5 +1,6 @@
 """Uploading: one chunk after the other, and what is known of each task whatever ends it."""
 
+import math
 import uuid
 from dataclasses import dataclass
 from itertools import count, islice
@@ -37,7 +38,7 @@ class Upload:
         note: Told of each chunk before it is sent.
         is_own: The batch is a new one, and nobody else adds to it.
         key: What names the first chunk, if that is not to be made up: an earlier call may have sent it.
-        deadline: When to begin no more uploads, by ``time.monotonic()``; None for never.
+        deadline: When to begin no more uploads, by ``time.monotonic()``.
     """
 
     client: "SynthgenClient"
@@ -49,7 +50,7 @@ class Upload:
     note: Callable[[List[Task]], None] = lambda chunk: None
     is_own: bool = True
     key: Optional[str] = None
-    deadline: Optional[float] = None
+    deadline: float = math.inf
 
     def __post_init__(self) -> None:
         if self.checkpoint:

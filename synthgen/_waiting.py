@@ -1,13 +1,14 @@
 """When is a batch done, and when will it never be?
 
 By our own count: the server says COMPLETED between two chunks, drops malformed tasks without a trace, and
-may have nobody to run the rest. The network is reached through the two functions given.
+may have nobody to run the rest.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Callable, Optional, Tuple
+from typing import TYPE_CHECKING, Optional
 
 from ._progress import plural
 from ._retry import LONGEST_RETRY_AFTER
@@ -24,6 +25,9 @@ from .exceptions import (
 )
 from .models import Batch, HealthResponse, HealthStatus
 from .monitor import Monitor
+
+if TYPE_CHECKING:
+    from .client import RunOptions, SynthgenClient
 
 _FIRST_PAUSE = 0.1
 #: How long nothing may move before the server is asked whether it knows of trouble.
@@ -48,36 +52,27 @@ class BatchWait:
     """Polls one batch. `wait` may be called again when it proved to be early.
 
     Attributes:
-        get_batch: Asks for the batch once, with a read time-out in seconds.
-        check_health: Asks for the server's health once.
-        sleep: Pauses for so many seconds.
+        client: Asks the server.
+        options: How to wait.
         monitor: Told of every poll.
         batch_id: The batch.
         submitted: How many tasks it will have; None takes the server's word, once that has settled.
-        prices: Of a million input tokens, and of a million output tokens.
-        poll_interval: The longest pause between two polls, in seconds.
-        deadline: When to give up, by ``time.monotonic()``; None for never.
-        stall_timeout: How long nothing may move before the reason is looked for, in seconds; None for ever.
+        deadline: When to give up, by ``time.monotonic()``.
         batch: The batch when last seen.
     """
 
-    get_batch: Callable[[float], Batch]
-    check_health: Callable[[], HealthResponse]
-    sleep: Callable[[float], None]
+    client: "SynthgenClient"
+    options: "RunOptions"
     monitor: Monitor
     batch_id: str
     submitted: Optional[int]
-    prices: Tuple[float, float]
-    poll_interval: float
-    deadline: Optional[float]
-    stall_timeout: Optional[float]
+    deadline: float
     batch: Optional[Batch] = None
 
     def __post_init__(self) -> None:
-        if self.stall_timeout is not None and self.submitted is None:
-            # Until then a batch that is done stands still, too.
-            self.stall_timeout = max(self.stall_timeout, SETTLED_AFTER)
-        self._counters: Optional[Tuple[int, ...]] = None
+        stall_timeout = math.inf if self.options.stall_timeout is None else self.options.stall_timeout
+        # Until a total has settled, a batch that is done stands still, too.
+        self._stall_timeout = max(stall_timeout, SETTLED_AFTER if self.submitted is None else 0.0)
         #: When a counter last changed; where the silence begins that may be a stall; when to look for results again.
         self._moved_at = self._quiet_since = self._not_before = time.monotonic()
         self._away_since: Optional[float] = None
@@ -121,7 +116,7 @@ class BatchWait:
                 stuck = self._look_for_stall()
                 if stuck is not None:
                     return stuck
-            self._pause(max(min(pause, self.poll_interval), self._retry_after))
+            self._pause(max(min(pause, self.options.poll_interval), self._retry_after))
             pause *= _PAUSE_GROWTH
 
     def came_early(self) -> None:
@@ -132,8 +127,10 @@ class BatchWait:
     def poll(self) -> bool:
         """Look at the batch, and give whether the server answered; if it did not, `wait` waits for it."""
         self._retry_after = 0.0
+        before = self.batch
+        read_timeout = min(LONGEST_POLL, max(self._time_left(), _SHORTEST_POLL))
         try:
-            self.batch = self.get_batch(min(LONGEST_POLL, max(self._time_left(), _SHORTEST_POLL)))
+            self.batch = self.client._get_batch(self.batch_id, retries=0, read_timeout=read_timeout)
         except NotFoundError as exc:
             if exc.response is not None:  # a proxy's, say: the server's own word for it is null
                 self._went_away(exc)
@@ -149,11 +146,9 @@ class BatchWait:
             self.monitor.note(f"the server is back after {now - self._away_since:.0f} s")
             self._away_since = None
             self._quiet_since = now
-        counters = _counters(self.batch) if self.batch else None
-        if counters != self._counters:
-            self._counters = counters
+        if self.batch and (before is None or _counters(self.batch) != _counters(before)):
             self._moved_at = self._quiet_since = self._not_before = now
-        self.monitor.batch(self.batch, self.expected, self._seen.cost(*self.prices))
+        self.monitor.batch(self.batch, self.expected, self._seen.cost(*self.options.prices))
         return True
 
     def _went_away(self, exc: APIError) -> None:
@@ -204,7 +199,7 @@ class BatchWait:
 
     def _look_for_stall(self) -> Optional[HealthResponse]:
         now = time.monotonic()
-        if self.stall_timeout is None or now - self._quiet_since < self.stall_timeout:
+        if now - self._quiet_since < self._stall_timeout:
             return None
         health = self._health()
         if health is not None and knows_queues(health):
@@ -236,12 +231,12 @@ class BatchWait:
 
     def _health(self) -> Optional[HealthResponse]:
         try:
-            return self.check_health()
+            return self.client.check_health()
         except AWAY_ERRORS:  # the next poll tells whether the server is away
             return None
 
     def _time_left(self) -> float:
-        return float("inf") if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
+        return max(self.deadline - time.monotonic(), 0.0)
 
     def _pause(self, seconds: float) -> None:
         if not self._time_left():
@@ -253,7 +248,7 @@ class BatchWait:
                 batch_id=self.batch_id,
                 batch=self.batch,
             )
-        self.sleep(min(seconds, self._time_left()))
+        self.client._sleep(min(seconds, self._time_left()))
 
 
 def has_no_index(error: APIError) -> bool:

@@ -6,6 +6,7 @@ All times are in seconds unless a name says otherwise.
 
 import io
 import logging
+import math
 import os
 import time
 import uuid
@@ -101,7 +102,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 @dataclass
-class _Options:
+class RunOptions:
     """How to run a batch; checked when they are made. ``call`` is how that was asked for, up to the ``batch_id``."""
 
     call: str
@@ -301,7 +302,7 @@ class SynthgenClient:
         """
         call = "monitor_batch(" + "tasks=tasks, " * (tasks is not None)
         prices = cost_by_1m_input_token, cost_by_1m_output_token
-        options = _Options(call, batch_id, prices, chunk_size, poll_interval, timeout, stall_timeout, checkpoint)
+        options = RunOptions(call, batch_id, prices, chunk_size, poll_interval, timeout, stall_timeout, checkpoint)
         if tasks is None and batch_id is None:
             raise ValueError("monitor_batch needs tasks to run, or the id of a batch to wait for, or both")
         todo = None if tasks is None else list(map(as_task, _checked_tasks(tasks), count()))
@@ -353,7 +354,7 @@ class SynthgenClient:
 
         prices = cost_by_1m_input_token, cost_by_1m_output_token
         call = "run_batch(tasks, path, "
-        options = _Options(call, batch_id, prices, chunk_size, poll_interval, timeout, stall_timeout, checkpoint)
+        options = RunOptions(call, batch_id, prices, chunk_size, poll_interval, timeout, stall_timeout, checkpoint)
         tasks = _checked_tasks(tasks)
         output: ContextManager[BinaryIO]
         if isinstance(path, (str, os.PathLike)):
@@ -551,9 +552,9 @@ class SynthgenClient:
                 status_code=503,
             )
 
-    def _run(self, options: _Options, tasks: Optional[Iterable[Task]], results: _Results, monitor: Monitor) -> Batch:
+    def _run(self, options: RunOptions, tasks: Optional[Iterable[Task]], results: _Results, monitor: Monitor) -> Batch:
         """Submit tasks, or note those of a batch that exists; wait, until each has a result; return the batch."""
-        deadline = None if options.timeout is None else time.monotonic() + options.timeout
+        deadline = time.monotonic() + (math.inf if options.timeout is None else options.timeout)
         batch_id = _new_batch_id(options.batch_id)
         to_submit = tasks if options.batch_id is None else None
         if to_submit is not None:
@@ -568,18 +569,7 @@ class SynthgenClient:
                 results.note(map(as_task, tasks, count()))
             if results.tasks == 0:
                 raise ValueError("there are no tasks to run")
-            wait = BatchWait(
-                lambda read_timeout: self._get_batch(batch_id, retries=0, read_timeout=read_timeout),
-                self.check_health,
-                self._sleep,
-                monitor,
-                batch_id=batch_id,
-                submitted=results.tasks,
-                prices=options.prices,
-                poll_interval=options.poll_interval,
-                deadline=deadline,
-                stall_timeout=options.stall_timeout,
-            )
+            wait = BatchWait(self, options, monitor, batch_id, results.tasks, deadline)
             with _naming_batch(batch_id, options):
                 if to_submit is None:
                     self._show_health(monitor, required=False)
@@ -831,7 +821,7 @@ def _watching(monitor: Optional[Monitor], show_progress: bool = False) -> Contex
 
 
 @contextmanager
-def _naming_batch(batch_id: str, options: _Options) -> Iterator[None]:
+def _naming_batch(batch_id: str, options: RunOptions) -> Iterator[None]:
     """Ctrl-C says which batch it leaves, and how to come back to that."""
     try:
         yield
