@@ -1,25 +1,16 @@
 """Tasks, cut into uploads."""
 
 import math
-from abc import ABC, abstractmethod
 from itertools import chain, repeat
-from typing import Any, Iterable, Iterator, List, Tuple
+from typing import Any, Iterable, Iterator, List, Sized, Tuple
 
 from .models import Task, TaskResponse
 
 _MAX_BYTES = 8 * 1024 * 1024
 
 
-class TaskSource(ABC):
+class TaskSource(Sized, Iterable[Task]):
     """Tasks that can be read as often as is wanted; of other iterables not even a length says that they can."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """How many there are."""
-
-    @abstractmethod
-    def __iter__(self) -> Iterator[Task]:
-        """The tasks, from the first on."""
 
 
 TaskSource.register(list)
