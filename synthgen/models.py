@@ -235,12 +235,8 @@ def reasons(error: ValidationError) -> str:
 
 
 def is_header_value(text: str) -> bool:
-    """Whether a key can go into an HTTP header as it is."""
-    try:
-        text.encode("latin-1")
-    except UnicodeEncodeError:
-        return False
-    return text.isprintable() and text == text.strip()
+    """Whether a key can go into an HTTP header as it is: it is Latin-1, in one line and without spaces around it."""
+    return text.isprintable() and text == text.strip() and max(text, default="") <= "\xff"
 
 
 # ------------------------------------------------------------------------------------------ received
