@@ -42,13 +42,6 @@ class Checkpoint:
         CheckpointError: The file is something else, of another server, or in use.
     """
 
-    batch_id: str
-    chunk_size: int
-    counts: List[int]
-    taken: Set[int]
-    _chunks: List[Dict[str, Any]]
-    _end: Optional[int]
-
     def __init__(
         self,
         path: Union[str, "os.PathLike[str]"],
@@ -68,11 +61,18 @@ class Checkpoint:
                     os.chmod(self._path, 0o600)  # an empty file may have been there
                     self._write(lines[0])
                     self._sync_folder()
-                self._parse(lines)
+                header, *rest = lines
+                its_server: str = header["server"]
+                self.batch_id: str = header["batch_id"]
+                self.chunk_size: int = header["chunk_size"]
+                self._chunks = [line for line in rest if "key" in line]
+                self.counts: List[int] = [chunk["tasks"] for chunk in self._chunks]
+                self.taken: Set[int] = {line["taken"] for line in rest if "taken" in line}
+                self._end: Optional[int] = next((line["end"] for line in rest if "end" in line), None)
             except (KeyError, TypeError, ValueError):
                 raise self.error("it is no checkpoint, or one of another version") from None
-            if self._server != server and not has_batch(self.batch_id):
-                raise self.error(f"it is of batch {self.batch_id!r} at {self._server}, which is not at {server}")
+            if its_server != server and not has_batch(self.batch_id):
+                raise self.error(f"it is of batch {self.batch_id!r} at {its_server}, which is not at {server}")
         except BaseException:
             self.close()
             raise
@@ -141,16 +141,6 @@ class Checkpoint:
         lines: List[Dict[str, Any]] = list(map(json.loads, whole.splitlines()))
         self._file.truncate(len(whole))
         return lines
-
-    def _parse(self, lines: List[Dict[str, Any]]) -> None:
-        header, *rest = lines
-        self._server: str = header["server"]
-        self.batch_id = header["batch_id"]
-        self.chunk_size = header["chunk_size"]
-        self._chunks = [line for line in rest if "key" in line]
-        self.taken = {line["taken"] for line in rest if "taken" in line}
-        self._end = next((line["end"] for line in rest if "end" in line), None)
-        self.counts = [chunk["tasks"] for chunk in self._chunks]
 
     def _write(self, line: Dict[str, Any]) -> None:
         data = json.dumps(line).encode("ascii") + b"\n"
