@@ -25,16 +25,10 @@ _FORMAT = "synthgen checkpoint 1"
 class Checkpoint:
     """The file, from its making to `close`; no other process has it meanwhile.
 
-    Args:
-        path: The file; made, for its owner alone, if it is not there.
-        server: What names the server.
-        batch_id: A name for the batch, if it is a new one.
-        chunk_size: The most tasks in an upload, likewise.
-        has_batch: Whether the server has a batch: it is the same one, then, by whatever name.
+    It is made, for its owner alone, if it is not there; of one that is there, the batch id and the chunk size hold.
+    A server that has the batch is the same one as before, by whatever name.
 
     Attributes:
-        batch_id: The batch.
-        chunk_size: The most tasks in an upload.
         counts: How many tasks each chunk of an earlier run has.
         taken: Which of those chunks it got into the batch.
 

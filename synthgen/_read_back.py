@@ -26,13 +26,7 @@ _FIRST_PAUSE, _PAUSE_GROWTH, _LONGEST_PAUSE = 0.1, 1.5, 2.0
 
 @dataclass(frozen=True)
 class ReadBack:
-    """Looks into one batch for tasks whose upload got no answer.
-
-    Attributes:
-        client: Asks the server, which may fail to answer as often in a row as the client repeats a request.
-        batch_id: The batch.
-        deadline: When to give up, by ``time.monotonic()``.
-    """
+    """Looks into one batch for tasks whose upload got no answer, until a deadline by ``time.monotonic()``."""
 
     client: "SynthgenClient"
     batch_id: str

@@ -29,13 +29,9 @@ class Upload:
     """Sends tasks to a batch. What may have been taken is not sent again before the batch was looked at.
 
     Attributes:
-        client: Sends each chunk.
         tasks: What to send; read once, but for a `TaskSource` that has to be looked at again.
-        chunk_size: The most tasks in a chunk.
-        batch_id: The batch.
-        monitor: Told of each chunk that was taken.
         checkpoint: Where to note what was taken; its batch and its size of a chunk hold.
-        note: Told of each chunk before it is sent.
+        note: Told of each chunk before it is sent, as the monitor is after it was taken.
         is_own: The batch is a new one, and nobody else adds to it.
         key: What names the first chunk, if that is not to be made up: an earlier call may have sent it.
         deadline: When to begin no more uploads, by ``time.monotonic()``.

@@ -49,15 +49,10 @@ _counters = attrgetter(
 
 @dataclass
 class BatchWait:
-    """Polls one batch. `wait` may be called again when it proved to be early.
+    """Polls one batch, until a deadline by ``time.monotonic()``. `wait` may be called again when it proved to be early.
 
     Attributes:
-        client: Asks the server.
-        options: How to wait.
-        monitor: Told of every poll.
-        batch_id: The batch.
         submitted: How many tasks it will have; None takes the server's word, once that has settled.
-        deadline: When to give up, by ``time.monotonic()``.
         batch: The batch when last seen.
     """
 
