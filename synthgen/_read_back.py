@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Iterable, List, Optional
 
 from ._matching import result_digest, task_digest
-from ._waiting import AWAY_ERRORS, LONGEST_POLL, SETTLED_AFTER, has_no_index, knows_queues
+from ._waiting import AWAY_ERRORS, LONGEST_POLL, SETTLED_AFTER, ask_health, has_no_index, knows_queues
 from .exceptions import BatchTimeoutError, ConnectionFailedError, InvalidResponseError, NotFoundError, ServerError
 from .models import Task
 
@@ -107,7 +107,10 @@ class ReadBack:
                     raise
                 self.client._pause(away, exc)
                 continue
-            is_queued = self._has_queued_uploads()
+            health = ask_health(self.client)
+            is_queued = (
+                None if health is None else not knows_queues(health) or bool(health.services.batch_queue_messages)
+            )
             away, now = 0, time.monotonic()
             if total != last:
                 quiet_since = now
@@ -120,14 +123,6 @@ class ReadBack:
                 raise ServerError(f"batch {self.batch_id!r} does not come to rest: uploads are queued, or it grows")
             self.client._sleep(pause)
             pause = min(pause * _PAUSE_GROWTH, _LONGEST_PAUSE)
-
-    def _has_queued_uploads(self) -> Optional[bool]:
-        """Whether uploads wait, as far as the server knows; None if it does not answer that just now."""
-        try:
-            health = self.client.check_health()
-        except AWAY_ERRORS:
-            return None
-        return not knows_queues(health) or bool(health.services.batch_queue_messages)
 
     def _count(self, wanted: "Counter[bytes]", total: int) -> "Counter[bytes]":
         """How often each of these is in the batch; all of its ``total`` tasks are looked at."""

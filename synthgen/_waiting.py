@@ -159,7 +159,7 @@ class BatchWait:
             return not self.waiting and self._seen.finished_tasks >= self.submitted and now >= self._not_before
         if (batch is not None and not batch.done) or now - max(self._moved_at, self._not_before) < SETTLED_AFTER:
             return False
-        health = self._health()
+        health = ask_health(self.client)
         if health is None or not knows_queues(health) or health.services.batch_queue_messages:
             return False
         if batch is None:
@@ -175,7 +175,7 @@ class BatchWait:
         if now - max(self._moved_at, self._asked_at) < _ASK_AFTER:
             return
         self._asked_at = now
-        health = self._health()
+        health = ask_health(self.client)
         if health is None:
             return
         if health.budget is not None and health.budget.waiting and self.waiting:
@@ -196,7 +196,7 @@ class BatchWait:
         now = time.monotonic()
         if now - self._quiet_since < self._stall_timeout:
             return None
-        health = self._health()
+        health = ask_health(self.client)
         if health is not None and knows_queues(health):
             if not self.waiting and not health.services.batch_queue_messages:
                 if self.submitted is None and self.batch is None:
@@ -224,12 +224,6 @@ class BatchWait:
                 health=health,
             )
 
-    def _health(self) -> Optional[HealthResponse]:
-        try:
-            return self.client.check_health()
-        except AWAY_ERRORS:  # the next poll tells whether the server is away
-            return None
-
     def _time_left(self) -> float:
         return max(self.deadline - time.monotonic(), 0.0)
 
@@ -244,6 +238,14 @@ class BatchWait:
                 batch=self.batch,
             )
         self.client._sleep(min(seconds, self._time_left()))
+
+
+def ask_health(client: "SynthgenClient") -> Optional[HealthResponse]:
+    """What the server says of itself; None if it does not answer: the next look at the batch tells more."""
+    try:
+        return client.check_health()
+    except AWAY_ERRORS:
+        return None
 
 
 def has_no_index(error: APIError) -> bool:
