@@ -3,11 +3,11 @@
 import math
 import uuid
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Callable, Iterable, List, Optional
 
 from ._checkpoint import Checkpoint
-from ._chunks import Chunks, TaskSource, as_task
+from ._chunks import Chunks, TaskSource
 from ._read_back import ReadBack
 from .exceptions import (
     APIError,
@@ -156,7 +156,7 @@ class Upload:
     def _look_for(self, chunk: List[Task], start: int) -> None:
         """Read back which tasks of a chunk the batch does not have; its total before the chunk was ``start`` more."""
         self._in_doubt = True
-        sent_before = islice(map(as_task, self.tasks, count()), start) if isinstance(self.tasks, TaskSource) else None
+        sent_before = islice(self.tasks, start) if isinstance(self.tasks, TaskSource) else None
         self._unsent = self._read_back.find_missing(chunk, self._before + start, sent_before, self.is_own)
         self._uploaded = start + len(chunk) - len(self._unsent)
         self._in_doubt, self._chunk_key = False, uuid.uuid4().hex

@@ -198,11 +198,19 @@ class BatchWait:
             return None
         health = ask_health(self.client)
         if health is not None and knows_queues(health):
-            if not self.waiting and not health.services.batch_queue_messages:
+            services = health.services
+            if not self.waiting and not services.batch_queue_messages:
                 if self.submitted is None and self.batch is None:
                     raise self._unknown_batch()
                 return health
-            self._raise_if_unserved(health)
+            no_consumer = self.waiting and services.task_queue_consumers == 0
+            if no_consumer or (services.batch_queue_messages and services.batch_queue_consumers == 0):
+                raise BatchStalledError(
+                    f"batch {self.batch_id!r} stands still: {self.waiting:,} tasks wait; {describe_queues(health)}",
+                    batch_id=self.batch_id,
+                    batch=self.batch,
+                    health=health,
+                )
         self._quiet_since = now
         has_all = self.submitted is not None and self._seen.finished_tasks >= self.submitted
         if health is not None and self.waiting and has_all:
@@ -212,17 +220,6 @@ class BatchWait:
             "A provider may be slow, or waited for between retries"
         )
         return None
-
-    def _raise_if_unserved(self, health: HealthResponse) -> None:
-        services = health.services
-        no_consumer = self.waiting and services.task_queue_consumers == 0
-        if no_consumer or (services.batch_queue_messages and services.batch_queue_consumers == 0):
-            raise BatchStalledError(
-                f"batch {self.batch_id!r} stands still: {self.waiting:,} tasks wait; {describe_queues(health)}",
-                batch_id=self.batch_id,
-                batch=self.batch,
-                health=health,
-            )
 
     def _time_left(self) -> float:
         return max(self.deadline - time.monotonic(), 0.0)
