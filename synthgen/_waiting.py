@@ -163,11 +163,8 @@ class BatchWait:
         if health is None or not knows_queues(health) or health.services.batch_queue_messages:
             return False
         if batch is None:
-            raise self._unknown_batch()
+            raise NotFoundError(f"batch {self.batch_id!r}: no such batch (was it deleted?)", status_code=404)
         return True
-
-    def _unknown_batch(self) -> NotFoundError:
-        return NotFoundError(f"batch {self.batch_id!r}: no such batch (was it deleted?)", status_code=404)
 
     def _look_for_trouble(self) -> None:
         """Pass on what the server says of itself while nothing moves, such as a provider that is not there."""
@@ -199,9 +196,8 @@ class BatchWait:
         health = ask_health(self.client)
         if health is not None and knows_queues(health):
             services = health.services
-            if not self.waiting and not services.batch_queue_messages:
-                if self.submitted is None and self.batch is None:
-                    raise self._unknown_batch()
+            is_known = self.submitted is not None or self.batch is not None  # else it is none, as `_is_done` says
+            if is_known and not self.waiting and not services.batch_queue_messages:
                 return health
             no_consumer = self.waiting and services.task_queue_consumers == 0
             if no_consumer or (services.batch_queue_messages and services.batch_queue_consumers == 0):
