@@ -15,6 +15,8 @@ from .models import Task, TaskResponse, TaskStatus, as_json
 
 #: custom_id, URL, method.
 Name = Tuple[Optional[str], Optional[str], Optional[str]]
+#: Asks the server for tasks by their message ids; None for one that is gone.
+LookUp = Callable[[List[str]], Iterable[Optional[TaskResponse]]]
 UNFINISHED = (TaskStatus.PENDING, TaskStatus.PROCESSING)
 
 
@@ -38,9 +40,7 @@ class ResultList:
     def note(self, tasks: Iterable[Task]) -> None:
         """Nothing is to be noted: the tasks are known."""
 
-    def match(
-        self, results: Iterable[TaskResponse], look_up: Callable[[List[str]], Iterable[Optional[TaskResponse]]]
-    ) -> Tuple[int, int]:
+    def match(self, results: Iterable[TaskResponse], look_up: LookUp) -> Tuple[int, int]:
         """Sort results to the tasks, in place of those of an earlier call; see `ResultFile.match`."""
         if self._tasks is None:
             self._results = list(results)
@@ -62,11 +62,7 @@ class ResultList:
         return (position for position, result in enumerate(self._results) if result is None)
 
 
-def _match_any(
-    tasks: Sequence[Task],
-    results: Sequence[TaskResponse],
-    look_up: Callable[[List[str]], Iterable[Optional[TaskResponse]]],
-) -> List[Optional[TaskResponse]]:
+def _match_any(tasks: Sequence[Task], results: Sequence[TaskResponse], look_up: LookUp) -> List[Optional[TaskResponse]]:
     """The result of each task, whichever tasks are alike and in whatever order keys come back."""
     wanted = [(task_digest(task), task_name(task)) for task in tasks]
     came = [(result_digest(result), result) for result in results]

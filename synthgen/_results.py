@@ -8,9 +8,9 @@ import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from itertools import islice
-from typing import Any, BinaryIO, Callable, Iterable, Iterator, List, Optional, Tuple, TypeVar
+from typing import Any, BinaryIO, Iterable, Iterator, List, Optional, Tuple, TypeVar
 
-from ._matching import UNFINISHED, Name, result_digest, result_name, task_digest, task_name
+from ._matching import UNFINISHED, LookUp, Name, result_digest, result_name, task_digest, task_name
 from ._stream import decoded
 from .models import Task, TaskResponse
 
@@ -103,16 +103,12 @@ class ResultFile:
             )
             self.tasks += 1
 
-    def match(
-        self,
-        results: Iterable[Tuple[TaskResponse, bytes]],
-        look_up: Callable[[List[str]], Iterable[Optional[TaskResponse]]],
-    ) -> Tuple[int, int]:
+    def match(self, results: Iterable[Tuple[TaskResponse, bytes]], look_up: LookUp) -> Tuple[int, int]:
         """Sort results to the tasks, in place of those of an earlier call.
 
         Args:
             results: What came back, each with its JSON; unfinished tasks among them are passed over.
-            look_up: Asks the server for tasks by their message ids; None for one that is gone.
+            look_up: Told of those that only their custom_id tells apart, where the server left that out.
 
         Returns:
             How many tasks have a result, and how many results belong to no task.
@@ -148,7 +144,7 @@ class ResultFile:
         for (position,) in self._read("SELECT position FROM tasks EXCEPT SELECT position FROM matched ORDER BY 1"):
             yield position
 
-    def _name_results(self, look_up: Callable[[List[str]], Iterable[Optional[TaskResponse]]]) -> None:
+    def _name_results(self, look_up: LookUp) -> None:
         last = 0
         while True:
             rows = list(self._read(_UNNAMED, last))
