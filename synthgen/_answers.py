@@ -114,11 +114,6 @@ def no_answer(error: Exception, what: str, read_timeout: float) -> ConnectionFai
     return ConnectionFailedError(f"{what}: {reason}")
 
 
-def asked_pause(error: APIError) -> float:
-    """For how many seconds the server asks to wait before a repeat; 0 where it does not."""
-    return parse_retry_after(error.response.headers.get("Retry-After", "")) if error.response else 0.0
-
-
 def _error_response(response: requests.Response, body: bytes, api_key: Optional[str]) -> ErrorResponse:
     def hide_keys(text: str) -> str:  # an error page may repeat the request, and the tasks in it
         text = text.replace(api_key, "[API key]") if api_key else text

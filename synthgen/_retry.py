@@ -115,11 +115,6 @@ def timed_out(error: BaseException) -> bool:
     return any(isinstance(layer, ReadTimeoutError) for layer in _layers(error))
 
 
-def may_have_arrived(attempt: Any) -> bool:
-    """Whether a request that was repeated may have been carried out, by its entry in ``Retry.history``."""
-    return attempt.status != 429 and not never_sent(attempt.error)
-
-
 def innermost(error: BaseException) -> BaseException:
     """What went wrong, without the layers that requests and urllib3 put around it."""
     return list(_layers(error))[-1]

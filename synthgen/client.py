@@ -41,13 +41,13 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from requests.adapters import HTTPAdapter
 from urllib3.filepost import encode_multipart_formdata
 
-from ._answers import WIRE_ERRORS, asked_pause, check_status, no_answer, parse, read_json
+from ._answers import WIRE_ERRORS, check_status, no_answer, parse, read_json
 from ._checkpoint import Checkpoint
 from ._chunks import TaskSource, as_task
 from ._config import read_config
 from ._files import replacing
 from ._matching import ResultList
-from ._retry import LONGEST_RETRY_AFTER, backoff_time, innermost, may_have_arrived, never_sent, pausing, retry_policy
+from ._retry import LONGEST_RETRY_AFTER, backoff_time, innermost, never_sent, parse_retry_after, pausing, retry_policy
 from ._stream import iter_tasks
 from ._uploads import Upload
 from ._version import __version__
@@ -518,16 +518,13 @@ class SynthgenClient:
         """Whether an upload that ended like this was surely not taken."""
         status = isinstance(exc, APIError) and exc.status_code or 0
         refused = 400 <= status < 500 or status in (307, 308)  # 303 says that it was taken, 301 and 302 say nothing
-        if self._repeats_uploads():  # an earlier try may have been taken before one that surely was not
+        may_repeat = self._idempotent_uploads
+        if self._given_session is not None:  # its adapter may have a policy of its own
+            adapter = self._given_session.get_adapter(self.base_url)
+            may_repeat = may_repeat or getattr(getattr(adapter, "max_retries", None), "total", None) != 0
+        if may_repeat:  # an earlier try may have been taken before one that surely was not
             return refused and not isinstance(exc, RateLimitError)
         return refused or never_sent(exc.__cause__)
-
-    def _repeats_uploads(self) -> bool:
-        """Whether an upload may be sent more than once: by our policy, or by that of a caller's adapter."""
-        if self._given_session is None:
-            return self._idempotent_uploads
-        adapter = self._given_session.get_adapter(self.base_url)
-        return self._idempotent_uploads or getattr(getattr(adapter, "max_retries", None), "total", None) != 0
 
     # Waiting.
 
@@ -706,7 +703,7 @@ class SynthgenClient:
 
     def _pause(self, repeats: int, error: APIError) -> None:
         """Before a repeat, for as long as the server asks for, or the backoff; raise the error if that is too long."""
-        asked = asked_pause(error)
+        asked = parse_retry_after(error.response.headers.get("Retry-After", "")) if error.response else 0.0
         if asked > LONGEST_RETRY_AFTER:
             raise error
         self._sleep(asked or backoff_time(self._backoff_factor, repeats))
@@ -749,15 +746,15 @@ class SynthgenClient:
         """
         what = self._name(method, path)
         left = self._retries if retries is None else retries
-        lost = False
+        lost = False  # whether an answer was: an earlier try may have been carried out
         while True:
             response = self._send(method, path, retries=left, **options)
             history = getattr(response.raw.retries, "history", None) or ()
             left -= len(history)
-            lost = lost or any(map(may_have_arrived, history))
+            lost = lost or any(attempt.status != 429 and not never_sent(attempt.error) for attempt in history)
             if method == "DELETE" and response.status_code == 404 and lost:
                 response.close()
-                return None  # an earlier try did it
+                return None
             check_status(response, what, self._api_key)
             try:
                 return read_json(response, what, self._api_key)
