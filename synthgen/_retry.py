@@ -96,9 +96,8 @@ def backoff_time(factor: float, repeats: int) -> float:
     return min(factor * 2.0**doublings, _LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
 
 
-def parse_retry_after(text: str) -> float:
-    """What a Retry-After header asks for, in seconds; see `RetryPolicy`."""
-    return RetryPolicy().parse_retry_after(text)
+#: What a Retry-After header asks for, in seconds; see `RetryPolicy`.
+parse_retry_after = RetryPolicy().parse_retry_after
 
 
 def never_sent(error: Optional[BaseException]) -> bool:
