@@ -98,9 +98,8 @@ class ResultFile:
         """Note the next tasks."""
         for task in tasks:
             names = json.dumps(task_name(task)), json.dumps((task.custom_id, None, None))
-            self._write(
-                "INSERT INTO tasks VALUES (?, ?, ?, ?, ?)", (self.tasks, task_digest(task), task.custom_id, *names)
-            )
+            row = (self.tasks, task_digest(task), task.custom_id, *names)
+            self._write("INSERT INTO tasks VALUES (?, ?, ?, ?, ?)", row)
             self.tasks += 1
 
     def match(self, results: Iterable[Tuple[TaskResponse, bytes]], look_up: LookUp) -> Tuple[int, int]:

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from itertools import count
@@ -440,9 +440,8 @@ class SynthgenClient:
         with _watching(monitor) as told, replacing(path) as file, closing(
             self._iter_export(batch_id, task_status, with_source=True)
         ) as export:
-            for _, source in _counted(export, told, None):
+            for written, (_, source) in enumerate(_counted(export, told, None), 1):
                 file.write(source.replace(b"\n", b" ") + b"\n")  # in JSON a line break is a space: a text has \\n
-                written += 1
         return written
 
     def get_batch_stats(
@@ -617,10 +616,9 @@ class SynthgenClient:
         """Each task as the server has it by itself, which is with its custom_id; None for one that is gone."""
 
         def get_task(message_id: str) -> Optional[TaskResponse]:
-            try:
+            with suppress(NotFoundError):
                 return self.get_task(message_id)
-            except NotFoundError:
-                return None
+            return None
 
         # A session of the caller's may know nothing of threads.
         with ThreadPoolExecutor(1 if self._given_session else _LOOK_UPS_AT_ONCE) as pool:
