@@ -77,13 +77,11 @@ def _checked_base_url(value: Any) -> str:
 
 
 def _checked_api_key(value: Any) -> Optional[str]:
-    if value is None or value == "":
-        return None
-    if not isinstance(value, str) or not is_header_value(value):
+    if value not in (None, "") and not (isinstance(value, str) and is_header_value(value)):
         raise ConfigurationError(
             "the API key can't be sent in a header: it must be text without line breaks or spaces around it"
         )
-    return value
+    return value or None
 
 
 def _checked_timeout(value: Any) -> float:
