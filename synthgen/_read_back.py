@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Iterable, List, Optional
 
 from ._matching import result_digest, task_digest
-from ._waiting import AWAY_ERRORS, LONGEST_POLL, SETTLED_AFTER, ask_health, has_no_index, knows_queues
+from ._waiting import AWAY_ERRORS, LONGEST_POLL, SETTLED_AFTER, ask_health, is_not_ingested, knows_queues
 from .exceptions import BatchTimeoutError, ConnectionFailedError, InvalidResponseError, NotFoundError, ServerError
 from .models import Task
 
@@ -37,14 +37,18 @@ class ReadBack:
         if time.monotonic() >= self.deadline:
             raise BatchTimeoutError(f"batch {self.batch_id!r}: the time ran out", batch_id=self.batch_id)
 
-    def total(self, **options: int) -> int:
-        """How many tasks the batch has just now; 0 where there is no such batch, or none of it was ingested yet."""
+    def total(self) -> int:
+        """How many tasks the batch has just now; 0 where there is no such batch."""
         try:
-            return self.client._get_batch(self.batch_id, read_timeout=LONGEST_POLL, **options).total_tasks
+            return self._total()
         except NotFoundError:
             return 0
-        except ServerError as exc:
-            if has_no_index(exc):
+
+    def _total(self, **options: int) -> int:
+        try:
+            return self.client._get_batch(self.batch_id, read_timeout=LONGEST_POLL, **options).total_tasks
+        except (NotFoundError, ServerError) as exc:
+            if is_not_ingested(exc):
                 return 0
             raise
 
@@ -100,8 +104,8 @@ class ReadBack:
         while True:
             self.check_deadline()
             try:
-                last, total = total, self.total(retries=0)
-            except AWAY_ERRORS as exc:
+                last, total = total, self._total(retries=0)
+            except (NotFoundError, *AWAY_ERRORS) as exc:
                 away, total = away + 1, None
                 if away > self.client._retries:
                     raise

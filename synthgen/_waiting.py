@@ -133,7 +133,7 @@ class BatchWait:
             if self.batch is not None:  # else: not ingested yet
                 raise
         except AWAY_ERRORS as exc:
-            if self.batch is not None or not has_no_index(exc):  # else: not ingested yet
+            if self.batch is not None or not is_not_ingested(exc):  # else: not ingested yet
                 self._went_away(exc)
                 return False
         now = time.monotonic()
@@ -241,8 +241,13 @@ def ask_health(client: "SynthgenClient") -> Optional[HealthResponse]:
         return None
 
 
-def has_no_index(error: APIError) -> bool:
-    """Whether the framework is new: any read fails until it has ingested its first task."""
+def is_not_ingested(error: APIError) -> bool:
+    """Whether the server has nothing of a batch, yet or any more: it says null; a 404 with an answer is a proxy's, say.
+
+    Any read of a new framework fails until it has ingested its first task.
+    """
+    if isinstance(error, NotFoundError):
+        return error.response is None
     return "index_not_found_exception" in error.message
 
 

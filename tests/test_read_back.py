@@ -148,6 +148,17 @@ def test_a_time_in_which_the_server_did_not_answer_does_not_count(clock, server,
     assert len(sent(server)) == 1
 
 
+def test_a_proxy_that_says_404_does_not_say_that_there_is_no_batch(server, client):
+    """Nothing is sent again for it: the server itself would say null."""
+    lose(server, taken_but(DROP)(server))
+    server.answer("GET", "/api/v1/batches/b", server.play, Answer("<html>default backend - 404", 404))
+
+    with pytest.raises(BatchUploadError) as caught:
+        client.create_batch(tasks(4), batch_id="b")
+
+    assert caught.value.unconfirmed == tasks(4) and len(sent(server)) == 1
+
+
 @pytest.mark.parametrize("given", [tasks(6), [task("same", use_cache=False)] * 6], ids=["different", "alike"])
 def test_of_a_chunk_that_was_taken_in_part_the_rest_is_sent(clock, server, client, given):
     """As the worker died: what is there is found by its content, and counted."""
