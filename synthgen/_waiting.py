@@ -126,14 +126,11 @@ class BatchWait:
         read_timeout = min(LONGEST_POLL, max(self._time_left(), _SHORTEST_POLL))
         try:
             self.batch = self.client._get_batch(self.batch_id, retries=0, read_timeout=read_timeout)
-        except NotFoundError as exc:
-            if exc.response is not None:  # a proxy's, say: the server's own word for it is null
-                self._went_away(exc)
-                return False
-            if self.batch is not None:  # else: not ingested yet
-                raise
-        except AWAY_ERRORS as exc:
-            if self.batch is not None or not is_not_ingested(exc):  # else: not ingested yet
+        except (NotFoundError, *AWAY_ERRORS) as exc:
+            is_none = is_not_ingested(exc)
+            if is_none and self.batch is not None and isinstance(exc, NotFoundError):
+                raise  # it was deleted
+            if not is_none or self.batch is not None:
                 self._went_away(exc)
                 return False
         now = time.monotonic()
