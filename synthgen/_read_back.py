@@ -6,15 +6,12 @@ Ingestion is the server's, in its own order and time: this is as sure as reading
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Iterable, List, Optional
+from typing import Iterable, List, Optional
 
 from ._matching import result_digest, task_digest
-from ._waiting import AWAY_ERRORS, LONGEST_POLL, SETTLED_AFTER, ask_health, is_not_ingested, knows_queues
+from ._waiting import AWAY_ERRORS, LONGEST_POLL, SETTLED_AFTER, Connection, ask_health, is_not_ingested, knows_queues
 from .exceptions import BatchTimeoutError, ConnectionFailedError, InvalidResponseError, NotFoundError, ServerError
 from .models import Task
-
-if TYPE_CHECKING:
-    from .client import SynthgenClient
 
 #: How long nothing of an upload may be seen, while the server answers, before it was not taken. The framework handles
 #: one in less than a second, and shows it after its index refresh of 5 s; the rest is for a worker that is busy.
@@ -28,7 +25,7 @@ _FIRST_PAUSE, _PAUSE_GROWTH, _LONGEST_PAUSE = 0.1, 1.5, 2.0
 class ReadBack:
     """Looks into one batch for tasks whose upload got no answer, until a deadline by ``time.monotonic()``."""
 
-    client: "SynthgenClient"
+    client: Connection
     batch_id: str
     deadline: float
 

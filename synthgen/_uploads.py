@@ -4,11 +4,12 @@ import math
 import uuid
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Callable, Iterable, List, Optional
+from typing import Callable, Iterable, List, Optional
 
 from ._checkpoint import Checkpoint
 from ._chunks import Chunks, TaskSource
 from ._read_back import ReadBack
+from ._waiting import Connection
 from .exceptions import (
     APIError,
     BatchUploadError,
@@ -19,9 +20,6 @@ from .exceptions import (
 )
 from .models import BulkTaskResponse, Task
 from .monitor import Monitor
-
-if TYPE_CHECKING:
-    from .client import SynthgenClient
 
 
 @dataclass
@@ -37,7 +35,7 @@ class Upload:
         deadline: When to begin no more uploads, by ``time.monotonic()``.
     """
 
-    client: "SynthgenClient"
+    client: Connection
     tasks: Iterable[Task]
     chunk_size: int
     batch_id: str

@@ -8,8 +8,9 @@ import math
 import time
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Optional
+from typing import Any, Iterator, Optional, Protocol
 
+from ._options import RunOptions
 from ._progress import plural
 from ._retry import LONGEST_RETRY_AFTER
 from .exceptions import (
@@ -23,11 +24,8 @@ from .exceptions import (
     RateLimitError,
     ServerError,
 )
-from .models import Batch, HealthResponse, HealthStatus
+from .models import Batch, HealthResponse, HealthStatus, TaskResponse
 from .monitor import Monitor
-
-if TYPE_CHECKING:
-    from .client import RunOptions, SynthgenClient
 
 _FIRST_PAUSE = 0.1
 #: How long nothing may move before the server is asked whether it knows of trouble.
@@ -47,6 +45,21 @@ _counters = attrgetter(
 )
 
 
+class Connection(Protocol):
+    """What waiting for a batch, uploading it and reading it back ask of the client."""
+
+    _retries: int
+    _idempotent_uploads: bool
+
+    def check_health(self) -> HealthResponse: ...
+    def iter_batch_tasks(self, batch_id: str) -> Iterator[TaskResponse]: ...
+    def _get_batch(self, batch_id: str, **options: Any) -> Batch: ...
+    def _upload(self, batch_id: str, lines: bytes, key: str) -> str: ...
+    def _was_refused(self, exc: Exception) -> bool: ...
+    def _pause(self, repeats: int, error: APIError) -> None: ...
+    def _sleep(self, seconds: float) -> None: ...
+
+
 @dataclass
 class BatchWait:
     """Polls one batch, until a deadline by ``time.monotonic()``. `wait` may be called again when it proved to be early.
@@ -56,8 +69,8 @@ class BatchWait:
         batch: The batch when last seen.
     """
 
-    client: "SynthgenClient"
-    options: "RunOptions"
+    client: Connection
+    options: RunOptions
     monitor: Monitor
     batch_id: str
     submitted: Optional[int]
@@ -223,14 +236,14 @@ class BatchWait:
             finished = f"{self._seen.finished_tasks:,}{of}"
             raise BatchTimeoutError(
                 f"batch {self.batch_id!r}: {finished} tasks finished when the time ran out. It goes on: "
-                f"come back with monitor_batch(batch_id={self.batch_id!r}), with tasks= for their order",
+                f"come back to it with {self.options.way_back(self.batch_id)}",
                 batch_id=self.batch_id,
                 batch=self.batch,
             )
         self.client._sleep(min(seconds, self._time_left()))
 
 
-def ask_health(client: "SynthgenClient") -> Optional[HealthResponse]:
+def ask_health(client: Connection) -> Optional[HealthResponse]:
     """What the server says of itself; None if it does not answer: the next look at the batch tells more."""
     try:
         return client.check_health()

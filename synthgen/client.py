@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from itertools import count
 from typing import (
@@ -47,6 +46,7 @@ from ._chunks import TaskSource, as_task
 from ._config import read_config
 from ._files import replacing
 from ._matching import ResultList
+from ._options import RunOptions, check_checkpoint, check_chunk_size
 from ._retry import LONGEST_RETRY_AFTER, backoff_time, innermost, never_sent, parse_retry_after, pausing, retry_policy
 from ._stream import iter_tasks
 from ._uploads import Upload
@@ -99,33 +99,6 @@ _Path = Union[str, "os.PathLike[str]"]
 _Results = Union[ResultList, "ResultFile"]
 _Item = TypeVar("_Item")
 _Model = TypeVar("_Model", bound=BaseModel)
-
-
-@dataclass
-class RunOptions:
-    """How to run a batch; checked when they are made. ``call`` is how that was asked for, up to the ``batch_id``."""
-
-    call: str
-    batch_id: Optional[str]
-    prices: Tuple[float, float]
-    chunk_size: int
-    poll_interval: float
-    timeout: Optional[float]
-    stall_timeout: Optional[float]
-    checkpoint: Optional[_Path]
-
-    def __post_init__(self) -> None:
-        _check_chunk_size(self.chunk_size)
-        for name in ("poll_interval", "timeout", "stall_timeout"):
-            seconds = getattr(self, name)
-            is_for_ever = seconds is None and name != "poll_interval"
-            if not is_for_ever and not (isinstance(seconds, (int, float)) and seconds >= 0):
-                raise ValueError(f"{name} must be a number of seconds from 0 on, not {seconds!r}")
-        try:
-            self.prices = float(self.prices[0]), float(self.prices[1])
-        except (TypeError, ValueError):
-            raise ValueError(f"prices must be numbers, not {self.prices!r}") from None
-        _check_checkpoint(self.checkpoint, self.batch_id)
 
 
 class SynthgenClient:
@@ -239,8 +212,8 @@ class SynthgenClient:
             NotFoundError: The batch of the checkpoint is gone.
             ValueError: There are no tasks for a new batch, or the id can't be one.
         """
-        _check_chunk_size(chunk_size)
-        _check_checkpoint(checkpoint, batch_id, idempotency_key)
+        check_chunk_size(chunk_size)
+        check_checkpoint(checkpoint, batch_id, idempotency_key)
         is_own, batch_id = batch_id is None, _new_batch_id(batch_id)
         tasks = _checked_tasks(tasks)
         if idempotency_key is not None:
@@ -584,7 +557,8 @@ class SynthgenClient:
                         matched, surplus = results.match(received, lambda ids: self._look_up(ids, monitor))
             except AWAY_ERRORS as exc:
                 if wait.poll():
-                    exc.message += f". Batch {batch_id!r} is not lost: monitor_batch(batch_id={batch_id!r}) comes back"
+                    way_back = wait.options.way_back(batch_id)
+                    exc.message += f". Batch {batch_id!r} is not lost: come back to it with {way_back}"
                     exc.args = (exc.message,)
                     raise
                 continue
@@ -821,7 +795,7 @@ def _naming_batch(batch_id: str, options: RunOptions) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        how = "the same call, by its checkpoint" if options.checkpoint else f"{options.call}batch_id={batch_id!r})"
+        how = options.way_back(batch_id)
         raise KeyboardInterrupt(f"batch {batch_id!r} goes on; come back to it with {how}") from None
 
 
@@ -853,16 +827,6 @@ def _checked_tasks(tasks: Iterable[Task]) -> Iterable[Task]:
     if isinstance(tasks, (BaseModel, dict, str, bytes)) or not isinstance(tasks, Iterable):
         raise TypeError(f"tasks must be an iterable of Task, not one {type(tasks).__name__}")
     return list(map(as_task, tasks, count())) if isinstance(tasks, (list, tuple)) else tasks
-
-
-def _check_chunk_size(chunk_size: int) -> None:
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a whole number from 1 on, not {chunk_size!r}")
-
-
-def _check_checkpoint(checkpoint: Optional[_Path], *names: Optional[str]) -> None:
-    if checkpoint is not None and any(name is not None for name in names):
-        raise ValueError("a checkpoint names the batch and its uploads itself: give no batch_id or idempotency_key")
 
 
 def _new_batch_id(batch_id: Optional[str]) -> str:

@@ -495,7 +495,7 @@ def test_a_timeout_names_the_batch_and_its_state(clock, server, client):
         client.monitor_batch(make_tasks(3), timeout=30, show_progress=False)
 
     assert caught.value.batch.pending_tasks == 2
-    assert f"monitor_batch(batch_id={caught.value.batch_id!r})" in str(caught.value)
+    assert f"monitor_batch(tasks=tasks, batch_id={caught.value.batch_id!r})" in str(caught.value)
     assert clock.now == 30
 
 
