@@ -133,10 +133,11 @@ def _detail(error: ErrorResponse) -> str:
             return "with a web page: is there a proxy in between, or another server?"
         return error.text.strip()[:200] or "without a word"
     if isinstance(detail, list):  # FastAPI's form: {"loc": [...], "msg": ...}
-        return "; ".join(
+        problems = [
             f"{'.'.join(map(str, item.get('loc', ())))}: {item.get('msg')}" if isinstance(item, dict) else str(item)
             for item in detail
-        )
+        ]
+        return "; ".join(problems[:5] + [f"and {len(problems) - 5:,} more"] * (len(problems) > 5))
     return str(detail)
 
 

@@ -168,6 +168,15 @@ def test_a_list_of_details_is_put_into_words(server, client):
         client.get_batches()
 
 
+def test_a_long_list_of_details_is_cut(server, client):
+    """Each line of an upload may have one."""
+    detail = [{"loc": ["body", str(line)], "msg": "wrong"} for line in range(300)]
+    server.answer("GET", "/api/v1/batches", Answer({"detail": detail}, 422))
+
+    with pytest.raises(InvalidRequestError, match="body.4: wrong; and 295 more$"):
+        client.get_batches()
+
+
 def test_an_error_page_is_called_one(server, client):
     """Its text is in the response, not in the message."""
     server.answer("GET", "/api/v1/batches", Answer("<html><h1>Bad Gateway</h1></html>", 502))
