@@ -5,6 +5,8 @@ It is lines of JSON, each on the disk before what it announces is done, and has 
     {"format": "synthgen checkpoint 1", "server": "http://...", "batch_id": "...", "chunk_size": 1000}
     {"tasks": 1000, "digest": "...", "key": "..."}    a chunk, before it is sent
     {"taken": 0}                                      and after it was taken
+    {"refused": 1}                                    or was not
+    {"again": 1}                                      before one that was not is sent again
     {"end": 1000}                                     all tasks were uploaded
 """
 
@@ -12,7 +14,7 @@ import json
 import os
 from contextlib import suppress
 from hashlib import blake2b
-from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple, Union
 
 from ._chunks import Chunks
 from ._files import hold
@@ -62,6 +64,8 @@ class Checkpoint:
                 self._chunks = [line for line in rest if "key" in line]
                 self.counts: List[int] = [chunk["tasks"] for chunk in self._chunks]
                 self.taken: Set[int] = {line["taken"] for line in rest if "taken" in line}
+                last = {line.get("refused", line.get("again")): "refused" in line for line in rest}
+                self._refused = {index for index, is_refused in last.items() if is_refused}
                 self._end: Optional[int] = next((line["end"] for line in rest if "end" in line), None)
             except (KeyError, TypeError, ValueError):
                 raise self.error("it is no checkpoint, or one of another version") from None
@@ -81,25 +85,27 @@ class Checkpoint:
         for index, (chunk, lines) in enumerate(Chunks(tasks, self.chunk_size, self.counts)):
             if index == len(self._chunks) and self._end is None:
                 return
-            self.begin(index, chunk, lines, "")
+            self._checked_digest(index, chunk, lines)
         self.end(index + 1, 0)
 
-    def begin(self, index: int, tasks: List[Task], lines: bytes, key: str) -> Optional[str]:
-        """Note that a chunk is about to be sent under a key; or give the key that an earlier run noted."""
-        digest = _digest(tasks, lines)
+    def begin(self, index: int, tasks: List[Task], lines: bytes, key: str) -> Tuple[str, bool]:
+        """Note that a chunk is about to be sent; give its key, perhaps of an earlier run, and whether that may have."""
+        digest = self._checked_digest(index, tasks, lines)
         if index < len(self._chunks):
-            known = self._chunks[index]
-            if (known["tasks"], known["digest"]) != (len(tasks), digest):
-                raise self._other_tasks(index)
-            return str(known["key"])
-        if self._end is not None:
-            raise self._other_tasks(index)
+            is_refused = index in self._refused
+            if is_refused:
+                self._write({"again": index})
+            return self._chunks[index]["key"], not is_refused
         self._write({"tasks": len(tasks), "digest": digest, "key": key})
-        return None
+        return key, False
 
     def take(self, index: int) -> None:
         """Note that a chunk was taken."""
         self._write({"taken": index})
+
+    def refuse(self, index: int) -> None:
+        """Note that nothing of a chunk was taken."""
+        self._write({"refused": index})
 
     def end(self, chunks: int, tasks: int) -> None:
         """Note that these were all."""
@@ -111,6 +117,15 @@ class Checkpoint:
     def error(self, what: str) -> CheckpointError:
         """An error about the file, which says what to do."""
         return CheckpointError(f"{self._path}: {what}. Name another file, or remove this one to run all tasks anew")
+
+    def _checked_digest(self, index: int, tasks: List[Task], lines: bytes) -> str:
+        """The digest of a chunk; an error if an earlier run noted another one, or that there is none."""
+        digest = _digest(tasks, lines)
+        noted = [(chunk["tasks"], chunk["digest"]) for chunk in self._chunks[index : index + 1]]
+        is_more = not noted and self._end is None
+        if noted != [(len(tasks), digest)] and not is_more:
+            raise self._other_tasks(index)
+        return digest
 
     def _other_tasks(self, index: int) -> CheckpointError:
         first = sum(self.counts[:index]) + 1

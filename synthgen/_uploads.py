@@ -114,24 +114,27 @@ class Upload:
         self._unsent, self._in_doubt = chunk, False
         self.note(chunk)
         key = f"{self._first_key}-{index}" if index else self._first_key
-        noted = self.checkpoint.begin(index, chunk, lines, key) if self.checkpoint else None
+        key, is_known = self.checkpoint.begin(index, chunk, lines, key) if self.checkpoint else (key, bool(self.key))
         if self.checkpoint and index in self.checkpoint.taken:
             self._uploaded, self._unsent = start + len(chunk), []
             return
-        self._chunk_key = first_key = noted or key
-        if noted and not self._deduplicates:
+        self._chunk_key = key
+        if self.checkpoint and is_known and not self._deduplicates:
+            self.monitor.note("looking whether the last upload of the earlier run was taken")
             self._look_for(chunk, start)
         while self._unsent:
             self._read_back.check_deadline()
             if len(self._unsent) < len(chunk):
                 lines = b"\n".join(task.to_line() for task in self._unsent)
             # Under a key of before, an earlier call may have sent what this one could not.
-            may_be_known = self._chunk_key == first_key and bool(noted or self.key)
+            may_be_known = is_known and self._chunk_key == key
             self._in_doubt = True
             try:
                 taken_by = self.client._upload(self.batch_id, lines, self._chunk_key)
             except Exception as exc:
                 self._in_doubt = may_be_known or not self.client._was_refused(exc)
+                if self.checkpoint and not self._in_doubt and len(self._unsent) == len(chunk):
+                    self.checkpoint.refuse(index)
                 # A server that deduplicates refuses tasks that were sent with another key of the provider's.
                 is_other_body = may_be_known and isinstance(exc, InvalidRequestError)
                 if not (self._in_doubt and repeats and (is_other_body or not self._deduplicates)):

@@ -81,6 +81,20 @@ def test_the_same_call_goes_on_where_it_was_refused(server, client, path):
     assert server.calls == dict.fromkeys(map(str, range(6)), 1)
 
 
+def test_a_chunk_that_was_refused_is_not_waited_for(server, client, path, clock):
+    """It surely was not taken: it is sent at once, but looked for when the answer to that was lost, too."""
+    break_off(server, client, path, Answer({"detail": "no"}, 401))
+    before = clock.now
+    server.answer("POST", UPLOADS, lambda request: (server.play(request), DROP)[1], server.play)
+    with pytest.raises(BatchUploadError):
+        client.create_batch(tasks(6), 2, checkpoint=path)
+    assert clock.now == before
+
+    client.create_batch(tasks(6), 2, checkpoint=path)
+
+    assert server.calls == dict.fromkeys(map(str, range(6)), 1)
+
+
 @pytest.mark.parametrize("was_taken", [True, False], ids=["taken", "lost"])
 def test_the_chunk_in_doubt_is_run_once(server, client, path, was_taken):
     """It is looked for, or sent again under its key: each prompt is paid for once."""
