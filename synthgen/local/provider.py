@@ -244,7 +244,7 @@ def _answer(response: requests.Response, deadline: float, api_key: Optional[str]
             error = f"{'Server' if status >= 500 else 'Client'} error ({reason}): {text}"
         return _error(status, error, headers)
     try:
-        answer = json.loads(content.decode("utf-8"))
+        answer = json.loads(content.decode("utf-8"), parse_constant=lambda name: None)  # NaN, from Python's json
         completions = json.dumps(answer, allow_nan=False)
     except (ValueError, RecursionError):
         return Outcome(Kind.FAILED, f"Invalid answer ({reason}): not JSON: {text}")
