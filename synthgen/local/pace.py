@@ -65,6 +65,8 @@ class Call(NamedTuple):
     request: List[float]
     tokens: List[float]
     cost: float
+    #: Its task failed, and others were answered since: if it fails again, the provider is not to blame.
+    is_suspect: bool
 
 
 class _Turns:
@@ -164,7 +166,7 @@ class Account:
         self._counted_from = self._ended_at = -math.inf
         #: What calls that started before this say is known already.
         self._refused_at = self._failed_at = -math.inf
-        self._has_answered = False
+        self._answered_at = -math.inf
         self._failed = self._refused = self._denied = 0
 
     @property
@@ -186,10 +188,10 @@ class Account:
         delay = min(self._requests.delay(1, now, self._per_minute), one_more)
         return max(delay, self._tokens.delay(self._tokens_of(estimate), now), self._next_at - now)
 
-    def start(self, estimate: Estimate, cost: float, now: float) -> Call:
-        """A call starts."""
+    def start(self, estimate: Estimate, cost: float, now: float, failed_at: float = math.inf) -> Call:
+        """A call starts, of a task that first failed then, if it did."""
         tokens = self._tokens.add(self._tokens_of(estimate), now)
-        call = Call(now, self._requests.add(1, now), tokens, cost)
+        call = Call(now, self._requests.add(1, now), tokens, cost, failed_at < self._answered_at)
         if not self._running and now - max(self._ended_at, self._next_at) > self._policy.window:  # it was idle
             self._set_rate(self._rate, self._patience, now)
         self._running += 1
@@ -215,7 +217,7 @@ class Account:
         elif outcome.kind is Kind.FAILED:
             self._fail(call, outcome, now)
         else:
-            self._answer(call, outcome)
+            self._answer(call, outcome, now)
         for told in outcome.told:
             self._heed(told, now)
 
@@ -245,8 +247,8 @@ class Account:
         self._rate, self._patience, self._counted_from = rate, patience, now
         self._sent = self._answered = 0
 
-    def _answer(self, call: Call, outcome: Outcome) -> None:
-        self._has_answered = True
+    def _answer(self, call: Call, outcome: Outcome, now: float) -> None:
+        self._answered_at = now
         self._failed = self.rounds = 0
         if call.started_at > self._refused_at:
             self._answered += 1
@@ -308,7 +310,9 @@ class Account:
         self._set_rate(max(rate, 1 / self._policy.window), patience, until)
 
     def _fail(self, call: Call, outcome: Outcome, now: float) -> None:
-        policy, is_news = self._policy, call.started_at > self._failed_at
+        if call.is_suspect and outcome.is_reached and not self.is_away:
+            return
+        policy, is_news, has_answered = self._policy, call.started_at > self._failed_at, self._answered_at > -math.inf
         self._failed += 1
         if is_news:
             self._failed_at = now
@@ -317,10 +321,10 @@ class Account:
             self._trouble_since, is_news = now, True
         if self.is_away and is_news:
             pause = policy.pause(self.rounds, outcome.retry_after)
-            self._pause("is away", now, min(pause, _LONGEST_PROBE_PAUSE) if self._has_answered else pause)
-        is_over = not self._has_answered or now - self._trouble_since > policy.given_up_after
+            self._pause("is away", now, min(pause, _LONGEST_PROBE_PAUSE) if has_answered else pause)
+        is_over = not has_answered or now - self._trouble_since > policy.given_up_after
         if is_over and self.is_away and self.rounds > policy.retries:
-            has_ended = "no longer answers" if self._has_answered else "has never answered"
+            has_ended = "no longer answers" if has_answered else "has never answered"
             tried = f"tried {self.rounds} times since {_clock(self._trouble_since)}"
             self.verdict = f"{self.name} {has_ended}, {tried}; the last: {outcome.error[:_WORDS]}"
 

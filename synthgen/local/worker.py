@@ -9,6 +9,7 @@ import hashlib
 import heapq
 import json
 import logging
+import math
 import sqlite3
 import threading
 import time
@@ -43,6 +44,8 @@ class _Task:
         self.estimate = account.estimate(body)
         self.started_at: Optional[int] = None
         self.call: Call  # the last one, once there is one
+        #: How many of its calls failed, and the first of them when; how many it has used up.
+        self.failures, self.failed_at = 0, math.inf
         self.tries = 0
         self.result: Optional[Result] = None
         #: Whether its call failed and will be made again; whether its result could not be stored yet.
@@ -223,7 +226,7 @@ class Workers:
         if cost is None:
             self._unaffordable.append(task)
             return False
-        task.call = task.account.start(task.estimate, cost, moment)
+        task.call = task.account.start(task.estimate, cost, moment, task.failed_at)
         task.started_at = task.started_at or now()
         return True
 
@@ -243,12 +246,14 @@ class Workers:
             account.waiting.append(task)
             return
         if outcome.kind is Kind.FAILED:
+            task.failures += 1
+            task.failed_at = min(task.failed_at, time.monotonic())
             if outcome.is_reached or not account.is_away:  # else it is not the task's fault
                 task.tries += 1
             if task.tries <= self._policy.retries and account.verdict is None:
                 self._repeat(task, outcome)
                 return
-            error = f"{error} (tried {max(task.tries, account.rounds)} times)"
+            error = f"{error} (tried {task.failures} times)"
         task.is_usable = outcome.is_usable
         self._end(task, (outcome.result or _failure(error))._replace(duration=outcome.duration))
 

@@ -462,6 +462,32 @@ def test_a_task_that_always_fails_has_its_own_tries(serve, model, task):
     assert "(tried 11 times)" in results[5]["completions"]["error"]
 
 
+def test_tasks_that_always_fail_hold_up_nothing(serve, model, task):
+    """What is left of a batch, when all others were answered, says nothing of the provider; and each says its tries."""
+    api = serve(workers=4)
+    model.answers(lambda request: Answer({"error": "oops"}, 500) if b"poison" in request.body else GOOD)
+    results = api.run(*[task(f"poison {number}" if number < 8 else str(number)) for number in range(50)])
+
+    asked = [json.loads(request.body)["messages"][0]["content"] for request in model.requests]
+    assert sum("poison" in text for text in asked) == 8 * 11 and len(set(asked)) == 50
+    assert all("(tried 11 times)" in result["completions"]["error"] for result in results[:8])
+
+
+@pytest.mark.parametrize("is_reached", [True, False])
+def test_a_task_that_failed_before_others_were_answered_does_not_tell_that_a_provider_is_away(is_reached):
+    """But where nobody is reached, any task tells."""
+    paced, now = account(), 1000.0
+    for started in range(10):
+        paced.ended(paced.start(Estimate(), 0.0, now + started), good(), now + started)
+        call = paced.start(Estimate(), 0.0, now + started, failed_at=now - 1)
+        paced.ended(call, Outcome(Kind.FAILED, "oops", is_reached=is_reached), now + started)
+    for started in range(20, 30):
+        call = paced.start(Estimate(), 0.0, now + started, failed_at=now + 1)
+        paced.ended(call, Outcome(Kind.FAILED, "oops", is_reached=is_reached), now + started)
+
+    assert paced.is_away == (not is_reached)
+
+
 @pytest.mark.parametrize("status", [408, 409, 425])
 def test_a_conflict_that_may_pass_is_tried_again(serve, model, task, status):
     """As are 5xx."""
