@@ -111,11 +111,14 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigurationError(f"{args.output} is the database: results need another file")
     if not (args.local or args.dry_run) and (args.workers is not None or args.rpm or args.tpm or args.max_cost):
         raise ConfigurationError("--workers, --rpm, --tpm and --max-cost are what --local keeps to: give both")
+    for kind, price in (("input", args.input_cost), ("output", args.output_cost)):
+        if args.max_cost and price is None:
+            _say(f"--{kind}-cost was not given: {kind} tokens count nothing for --max-cost")
     if args.retry_failed and (args.batch or not args.output):
         raise ConfigurationError("--retry-failed runs what failed in OUT.jsonl: give -o OUT.jsonl, and no --batch")
     key = None if args.key_env is None else os.environ.get(args.key_env)
     if args.key_env is not None and not key:
-        raise ConfigurationError(f"--key-env {args.key_env}: there is no such environment variable")
+        raise ConfigurationError(f"--key-env {args.key_env}: this environment variable is not set, or empty")
     with _seekable(args.tasks) as file:
         all_tasks = TaskFile(file, "stdin" if is_stdin else args.tasks, args.provider, key)
         tasks = FailedTasks(all_tasks, args.output) if args.retry_failed else all_tasks
@@ -123,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
             _say(f"{args.output}: nothing in it has failed")
             return _OK
         if args.dry_run:
-            for label, text in plan(tasks, args.input_cost, args.output_cost, args.rpm, args.tpm):
+            for label, text in plan(tasks, args.input_cost or 0.0, args.output_cost or 0.0, args.rpm, args.tpm):
                 _print(f"{label:<10}{text}")
             return _OK
         try:
@@ -339,8 +342,8 @@ def _following(args: argparse.Namespace, client: SynthgenClient) -> Iterator[Dic
         if args.batch:
             client.get_batch(args.batch)  # a name that is wrong is found out now
         yield {
-            "cost_by_1m_input_token": args.input_cost,
-            "cost_by_1m_output_token": args.output_cost,
+            "cost_by_1m_input_token": args.input_cost or 0.0,
+            "cost_by_1m_output_token": args.output_cost or 0.0,
             "timeout": args.timeout,
             "stall_timeout": args.stall_timeout,
             "monitor": choose_monitor(),
@@ -463,12 +466,13 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--config", metavar="FILE", help="JSON file with base_url, api_key, timeout")
     batch.add_argument("batch", metavar="BATCH_ID")
     add = follow.add_argument
-    add("--input-cost", type=_price, default=0.0, metavar="X", help="price of a million input tokens")
-    add("--output-cost", type=_price, default=0.0, metavar="Y", help="price of a million output tokens")
-    add("--timeout", type=float, metavar="S", help="longest wait, in seconds; the batch goes on")
+    add("--input-cost", type=_number, metavar="X", help="price of a million input tokens")
+    add("--output-cost", type=_number, metavar="Y", help="price of a million output tokens")
+    add("--timeout", type=_number, metavar="S", help="longest wait, in seconds; what is done by then is not lost")
     add("--stall-timeout", type=float, default=300.0, metavar="S", help="longest standstill, in seconds (default: 300)")
-    output.add_argument("-o", "--output", metavar="OUT.jsonl", help="file for the results; by default stdout")
-    output.add_argument("--force", action="store_true", help="replace that file if it is there")
+    add = output.add_argument
+    add("-o", "--output", type=_output_name, metavar="OUT.jsonl", help="file for the results; - or by default stdout")
+    add("--force", action="store_true", help="replace that file if it is there")
     limits.add_argument("--workers", type=int, metavar="N", help="calls at a time (default: 16)")
     limits.add_argument("--rpm", type=_limit, metavar="N", help="calls a minute that a provider allows for a key")
     limits.add_argument("--tpm", type=_limit, metavar="N", help="tokens a minute that it allows")
@@ -515,15 +519,19 @@ def _url(text: str) -> str:
     return text
 
 
-def _price(text: str) -> float:
+def _output_name(text: str) -> Optional[str]:
+    return None if text == "-" else text
+
+
+def _number(text: str) -> float:
     with suppress(ValueError):
         if 0 <= float(text) < float("inf"):
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no price")
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
 
 
 def _limit(text: str) -> float:
-    if not _price(text):
+    if not _number(text):
         raise argparse.ArgumentTypeError("0 allows nothing")
     return float(text)
 

@@ -121,7 +121,7 @@ def _reason(exc: Exception) -> str:
     if isinstance(exc, ValidationError):
         return reasons(exc)
     if isinstance(exc, UnicodeDecodeError):
-        return "not UTF-8"
+        return "not UTF-8: is it compressed, or in another encoding?"
     if isinstance(exc, json.JSONDecodeError):
         return f"not JSON: {exc.msg} (column {exc.colno})"
     return str(exc)

@@ -1141,6 +1141,16 @@ def test_limits_that_would_not_be_kept_are_refused(options, reason, provider, ca
     assert reason in capsys.readouterr().err
 
 
+def test_a_price_that_was_left_out_of_a_cap_is_told(provider, capsys):
+    """Tokens without a price cost nothing, which may be meant; one of 0 is."""
+    argv = ["run", write_tasks(provider, "one"), "--local", "--max-cost", "3", "--input-cost", "1"]
+
+    assert main([*argv, "--output-cost", "0"]) == 0
+    assert "was not given" not in capsys.readouterr().err
+    assert main(argv) == 0
+    assert "--output-cost was not given: output tokens count nothing for --max-cost" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("workers", ["0", "16"])
 def test_workers_of_a_server_that_is_not_started_here_are_refused(workers, local, provider, capsys):
     """Whatever their number, that of the default included."""
@@ -1149,10 +1159,18 @@ def test_workers_of_a_server_that_is_not_started_here_are_refused(workers, local
     assert not provider.requests
 
 
+def test_a_dash_writes_to_stdout(local, provider, capsys):
+    """As it reads from stdin."""
+    assert main(["run", write_tasks(provider, "one"), "-o", "-"]) == 0
+    assert read_lines(capsys.readouterr().out)[0]["custom_id"] == "one"
+    assert not os.path.exists("-")
+
+
 @pytest.mark.parametrize("argv", [["run", "tasks.jsonl", "--local"], ["serve"]])
-def test_a_number_of_workers_that_cant_be_is_refused(argv, provider, capsys):
-    """It is not taken for one that was left out."""
+@pytest.mark.parametrize("workers", ["0", "100000"])
+def test_a_number_of_workers_that_cant_be_is_refused(argv, workers, provider, capsys):
+    """It is not taken for one that was left out, and not begun with."""
     write_tasks(provider, "one")
 
-    assert main([*argv, "--workers", "0"]) == 2
-    assert "workers must be at least 1, not 0" in capsys.readouterr().err
+    assert main([*argv, "--workers", workers]) == 2
+    assert f"workers must be at least 1, not {workers}, and at most 4,096" in capsys.readouterr().err

@@ -17,6 +17,9 @@ from .worker import Workers
 if TYPE_CHECKING:
     from ..client import SynthgenClient
 
+#: Each is a thread with connections of its own.
+_MOST_WORKERS = 4096
+
 
 class LocalServer:
     """The framework's REST API on this machine: SQLite instead of its services, threads instead of its workers.
@@ -63,8 +66,8 @@ class LocalServer:
         input_cost: float = 0.0,
         output_cost: float = 0.0,
     ) -> None:
-        if workers < 1:
-            raise ConfigurationError(f"workers must be at least 1, not {workers}")
+        if not isinstance(workers, int) or not 1 <= workers <= _MOST_WORKERS:
+            raise ConfigurationError(f"workers must be at least 1, not {workers!r}, and at most {_MOST_WORKERS:,}")
         if api_key is not None and not (api_key and is_header_value(api_key)):
             raise ConfigurationError("api_key can't be sent in a header: it is empty, or has a line break or spaces")
         for name, limit in (("rpm", rpm), ("tpm", tpm), ("max_cost", max_cost)):
