@@ -79,8 +79,8 @@ class BatchWait:
 
     def __post_init__(self) -> None:
         stall_timeout = math.inf if self.options.stall_timeout is None else self.options.stall_timeout
-        # Until a total has settled, a batch that is done stands still, too.
-        self._stall_timeout = max(stall_timeout, SETTLED_AFTER if self.submitted is None else 0.0)
+        # Until a total has settled, a batch that is done stands still, too, and one that is none may be on its way.
+        self._stall_timeout = max(stall_timeout, SETTLED_AFTER if self.options.batch_id is not None else 0.0)
         #: When a counter last changed; where the silence begins that may be a stall; when to look for results again.
         self._moved_at = self._quiet_since = self._not_before = time.monotonic()
         self._away_since: Optional[float] = None
@@ -98,6 +98,11 @@ class BatchWait:
     def waiting(self) -> int:
         """How many tasks have no outcome yet, by the server's count when the batch was last seen."""
         return self._seen.pending_tasks + self._seen.processing_tasks
+
+    @property
+    def _is_unknown(self) -> bool:
+        """Whether nothing was seen of a batch that somebody named; `_is_done` tells when there is none."""
+        return self.batch is None and self.options.batch_id is not None
 
     @property
     def _seen(self) -> Batch:
@@ -165,7 +170,7 @@ class BatchWait:
 
     def _is_done(self) -> bool:
         batch, now = self.batch, time.monotonic()
-        if self.submitted is not None:
+        if self.submitted is not None and not self._is_unknown:
             return not self.waiting and self._seen.finished_tasks >= self.submitted and now >= self._not_before
         if (batch is not None and not batch.done) or now - max(self._moved_at, self._not_before) < SETTLED_AFTER:
             return False
@@ -206,8 +211,7 @@ class BatchWait:
         health = ask_health(self.client)
         if health is not None and knows_queues(health):
             services = health.services
-            is_known = self.submitted is not None or self.batch is not None  # else it is none, as `_is_done` says
-            if is_known and not self.waiting and not services.batch_queue_messages:
+            if not self._is_unknown and not self.waiting and not services.batch_queue_messages:
                 return health
             no_consumer = self.waiting and services.task_queue_consumers == 0
             if no_consumer or (services.batch_queue_messages and services.batch_queue_consumers == 0):

@@ -805,12 +805,13 @@ def test_a_batch_id_alone_waits_until_the_batch_queue_is_empty(clock, server, cl
     assert len(client.monitor_batch(batch_id=batch_id, show_progress=False)) == 3
 
 
-def test_an_unknown_batch_id_alone_is_not_found(clock, server, client):
+@pytest.mark.parametrize("tasks", [None, make_tasks(2)], ids=["alone", "with its tasks"])
+def test_an_unknown_batch_id_is_not_found(clock, server, client, tasks):
     """It may be on its way to the index: only after 6 s, and an empty batch queue, it is unknown."""
     with pytest.raises(NotFoundError, match="b-404"):
-        client.monitor_batch(batch_id="b-404", show_progress=False)
+        client.monitor_batch(tasks, batch_id="b-404", show_progress=False)
 
-    assert clock.now >= 6
+    assert 6 <= clock.now < 10
 
 
 def test_a_stall_timeout_shorter_than_the_settling_finds_no_stall(clock, server, client):
@@ -820,10 +821,11 @@ def test_a_stall_timeout_shorter_than_the_settling_finds_no_stall(clock, server,
     assert len(client.monitor_batch(batch_id=batch_id, stall_timeout=1, show_progress=False)) == 3
 
 
-def test_an_unknown_batch_is_not_found_with_a_short_stall_timeout_too(clock, server, client):
+@pytest.mark.parametrize("tasks", [None, make_tasks(2)], ids=["alone", "with its tasks"])
+def test_an_unknown_batch_is_not_found_with_a_short_stall_timeout_too(clock, server, client, tasks):
     """It never was there, so nothing of it is missing."""
     with pytest.raises(NotFoundError):
-        client.monitor_batch(batch_id="b-404", stall_timeout=1, show_progress=False)
+        client.monitor_batch(tasks, batch_id="b-404", stall_timeout=1, show_progress=False)
 
 
 # Ctrl-C.
