@@ -1,5 +1,6 @@
 """How to run a batch."""
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Optional, Tuple, Union
@@ -27,8 +28,11 @@ class RunOptions:
                 raise ValueError(f"{name} must be a number of seconds from 0 on, not {seconds!r}")
         try:
             self.prices = float(self.prices[0]), float(self.prices[1])
+            are_possible = all(0 <= price < math.inf for price in self.prices)
         except (TypeError, ValueError):
-            raise ValueError(f"prices must be numbers, not {self.prices!r}") from None
+            are_possible = False
+        if not are_possible:
+            raise ValueError(f"prices must be numbers from 0 on, not {self.prices!r}")
         check_checkpoint(self.checkpoint, self.batch_id)
 
     def way_back(self, batch_id: str) -> str:

@@ -734,7 +734,7 @@ def test_a_time_that_makes_no_sense_is_refused_before_anything_is_sent(server, c
     assert not server.requests
 
 
-@pytest.mark.parametrize("price", [None, "a dollar"])
+@pytest.mark.parametrize("price", [None, "a dollar", -1, float("nan")])
 def test_a_price_that_is_no_number_is_refused_before_anything_is_sent(server, client, price):
     """As for times."""
     with pytest.raises(ValueError, match="prices must be numbers"):
