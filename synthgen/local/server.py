@@ -1,5 +1,6 @@
 """The embedded server: the store, the workers and the API, behind one address."""
 
+import math
 import os
 import secrets
 from contextlib import ExitStack, closing
@@ -73,6 +74,9 @@ class LocalServer:
         for name, limit in (("rpm", rpm), ("tpm", tpm), ("max_cost", max_cost)):
             if limit is not None and not limit > 0:
                 raise ConfigurationError(f"{name} must be more than 0, not {limit}")
+        for name, price in (("input_cost", input_cost), ("output_cost", output_cost)):
+            if not 0 <= price < math.inf:
+                raise ConfigurationError(f"{name} must be a price from 0 on, not {price}")
         if max_cost is not None and not (input_cost or output_cost):
             raise ConfigurationError("max_cost is nothing without prices: give input_cost and output_cost, too")
         self.api_key: str = secrets.token_urlsafe(32) if api_key is None else api_key

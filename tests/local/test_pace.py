@@ -670,8 +670,18 @@ def test_the_client_says_that_the_money_is_used_up(model, monkeypatch):
     assert error.batch_id
 
 
-@pytest.mark.parametrize("settings", [{"max_cost": 1.0}, {"rpm": 0}, {"tpm": -1}, {"max_cost": 0, "input_cost": 1}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_cost": 1.0},
+        {"rpm": 0},
+        {"tpm": -1},
+        {"max_cost": 0, "input_cost": 1},
+        {"max_cost": 1, "input_cost": 1, "output_cost": -1},
+        {"max_cost": 1, "input_cost": math.nan},
+    ],
+)
 def test_limits_that_make_no_sense_are_refused(settings):
-    """A cap without prices, and what is not more than nothing."""
+    """A cap without prices or with impossible ones, and what is not more than nothing."""
     with pytest.raises(ConfigurationError):
         LocalServer(**settings)
