@@ -239,7 +239,7 @@ class BatchWait:
             of = f" of {self.submitted:,}" if self.submitted is not None else ""
             finished = f"{self._seen.finished_tasks:,}{of}"
             raise BatchTimeoutError(
-                f"batch {self.batch_id!r}: {finished} tasks finished when the time ran out. It goes on: "
+                f"batch {self.batch_id!r}: {finished} tasks finished when the time ran out; "
                 f"come back to it with {self.options.way_back(self.batch_id)}",
                 batch_id=self.batch_id,
                 batch=self.batch,
