@@ -133,7 +133,9 @@ class Upload:
                 taken_by = self.client._upload(self.batch_id, lines, self._chunk_key)
             except Exception as exc:
                 self._in_doubt = may_be_known or not self.client._was_refused(exc)
-                if self.checkpoint and not self._in_doubt and len(self._unsent) == len(chunk):
+                is_refused = not self._in_doubt and len(self._unsent) == len(chunk)
+                # A session of the caller's may have sent it before, and that may have been taken.
+                if self.checkpoint and is_refused and self.client._given_session is None:
                     self.checkpoint.refuse(index)
                 # A server that deduplicates refuses tasks that were sent with another key of the provider's.
                 is_other_body = may_be_known and isinstance(exc, InvalidRequestError)

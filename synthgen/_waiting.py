@@ -50,6 +50,7 @@ class Connection(Protocol):
 
     _retries: int
     _idempotent_uploads: bool
+    _given_session: Any
 
     def check_health(self) -> HealthResponse: ...
     def iter_batch_tasks(self, batch_id: str) -> Iterator[TaskResponse]: ...

@@ -7,11 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import requests
 from builders import task
 from clock import Clock
 from faults import FaultyProxy
 from framework import Framework
+from requests.adapters import HTTPAdapter
 from servers import DROP, Answer
+from urllib3.util import Retry
 
 from synthgen import SynthgenClient
 from synthgen.exceptions import BatchUploadError, CheckpointError, ConfigurationError, NotFoundError
@@ -93,6 +96,21 @@ def test_a_chunk_that_was_refused_is_not_waited_for(server, client, path, clock)
     client.create_batch(tasks(6), 2, checkpoint=path)
 
     assert server.calls == dict.fromkeys(map(str, range(6)), 1)
+
+
+def test_a_chunk_that_a_session_sent_twice_is_looked_for(server, clock, path):
+    """Of the two the first may have been taken, whatever is said of the second."""
+    lost = Answer("", 502)
+    server.answer("POST", UPLOADS, lambda request: (server.play(request), lost)[1], Answer({}, 403), server.play)
+    with requests.Session() as session:
+        session.mount("http://", HTTPAdapter(max_retries=Retry(1, status_forcelist=[502], allowed_methods=["POST"])))
+        options = {"session": session, "idempotent_uploads": server.deduplicates}
+        with SynthgenClient(server.url, "k", **options) as client:
+            with pytest.raises(BatchUploadError):
+                client.create_batch(tasks(2), checkpoint=path)
+            client.create_batch(tasks(2), checkpoint=path)
+
+    assert server.calls == {"0": 1, "1": 1}
 
 
 @pytest.mark.parametrize("was_taken", [True, False], ids=["taken", "lost"])
