@@ -47,6 +47,7 @@ from ._config import read_config
 from ._files import replacing
 from ._matching import ResultList
 from ._options import RunOptions, check_checkpoint, check_chunk_size
+from ._read_back import ReadBack
 from ._retry import LONGEST_RETRY_AFTER, backoff_time, innermost, never_sent, parse_retry_after, pausing, retry_policy
 from ._stream import iter_tasks
 from ._uploads import Upload
@@ -470,14 +471,11 @@ class SynthgenClient:
         """The checkpoint, if one is wanted."""
         if path is None:
             return nullcontext()
-        return closing(Checkpoint(path, self._server_name or self.base_url, batch_id, chunk_size, self._has_batch))
 
-    def _has_batch(self, batch_id: str) -> bool:
-        try:
-            self.get_batch(batch_id)
-        except NotFoundError:
-            return False
-        return True
+        def has_batch(batch_id: str) -> bool:
+            return ReadBack(self, batch_id, math.inf).total() > 0
+
+        return closing(Checkpoint(path, self._server_name or self.base_url, batch_id, chunk_size, has_batch))
 
     def _upload(self, batch_id: str, lines: bytes, key: str) -> str:
         """Post a chunk; gives the batch that took it."""

@@ -215,11 +215,13 @@ def test_an_empty_file_is_a_new_one_for_its_owner_alone(server, client, path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_another_server_is_refused(server, client, path):
+@pytest.mark.parametrize("has_index", [True, False], ids=["used", "new"])
+def test_another_server_is_refused(server, client, path, has_index):
     """The error names both; nothing is sent, and asked only whether it has the batch."""
     batch_id = client.create_batch(tasks(2), checkpoint=path).batch_id
 
-    with Framework() as other, SynthgenClient(other.url) as stranger:
+    with Framework() as other, SynthgenClient(other.url, retries=0) as stranger:
+        other.has_index = has_index
         with pytest.raises(CheckpointError, match=f"{server.url}, which is not at {other.url}"):
             stranger.create_batch(tasks(2), checkpoint=path)
         assert [(request.method, request.path) for request in other.requests] == [("GET", f"{UPLOADS}/{batch_id}")]
