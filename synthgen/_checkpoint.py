@@ -67,7 +67,7 @@ class Checkpoint:
                 last = {line.get("refused", line.get("again")): "refused" in line for line in rest}
                 self._refused = {index for index, is_refused in last.items() if is_refused}
                 self._end: Optional[int] = next((line["end"] for line in rest if "end" in line), None)
-            except (KeyError, TypeError, ValueError):
+            except (AttributeError, KeyError, TypeError, ValueError):
                 raise self.error("it is no checkpoint, or one of another version") from None
             if its_server != server and not has_batch(self.batch_id):
                 raise self.error(f"it is of batch {self.batch_id!r} at {its_server}, which is not at {server}")

@@ -250,6 +250,18 @@ def test_another_programs_file_is_refused(server, client, path, content):
     assert path.read_bytes() == content and server.requests == []
 
 
+def test_a_checkpoint_with_a_line_of_something_else_is_refused(server, client, path):
+    """Whatever JSON that is."""
+    client.create_batch(tasks(2), checkpoint=path)
+
+    for line in "[]", "5", '"text"', "null":
+        begun = path.read_bytes()
+        path.write_bytes(begun + line.encode() + b"\n")
+        with pytest.raises(CheckpointError, match="no checkpoint"):
+            client.create_batch(tasks(2), checkpoint=path)
+        path.write_bytes(begun)
+
+
 def test_a_file_that_is_in_use_is_refused(server, client, path):
     """Two runs would send the same tasks; nothing is sent by the second."""
 
