@@ -17,6 +17,7 @@ import time
 import uuid
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Union
 
@@ -294,8 +295,8 @@ def _local_client(args: argparse.Namespace, tasks: Iterable[Task]) -> Iterator[S
             raise ConfigurationError(f"{database}: there is no such file, and batch {args.batch!r} would be in it")
     elif os.path.exists(args.checkpoint):
         # The server goes on with what it was told before: not if the tasks are others now.
-        server = os.path.realpath(database)
-        with closing(Checkpoint(args.checkpoint, server, str(uuid.uuid4()), _CHUNK_SIZE)) as checkpoint:
+        new = os.path.realpath(database), str(uuid.uuid4()), _CHUNK_SIZE
+        with closing(Checkpoint(args.checkpoint, *new, partial(_has_batch, database))) as checkpoint:
             checkpoint.check(tasks)
     elif has_database and not args.db:
         _refuse_unfinished(database)
@@ -314,6 +315,15 @@ def _limits(args: argparse.Namespace) -> Dict[str, Any]:
     """What the server is told to keep to; the rest is its own default."""
     names = ("workers", "rpm", "tpm", "max_cost", "input_cost", "output_cost")
     return {name: value for name, value in vars(args).items() if name in names and value is not None}
+
+
+def _has_batch(database: str, batch_id: str) -> bool:
+    from .local.store import Store
+
+    if not os.path.exists(database):
+        return False
+    with closing(Store(database)) as store:
+        return store.batch(batch_id) is not None
 
 
 def _refuse_unfinished(database: str) -> None:

@@ -483,6 +483,27 @@ def test_an_interrupted_local_run_goes_on_where_it_was(number, provider, stalled
     assert sorted(os.listdir()) == ["out.jsonl", "tasks.jsonl"]
 
 
+def test_an_interrupted_local_run_goes_on_in_a_folder_that_was_renamed(provider, stalled, capsys):
+    """The database is the same by whatever name; a checkpoint without it is refused."""
+    os.mkdir("before")
+    os.chdir("before")
+    argv = ["run", write_tasks(provider, "one", "two"), "-o", "out.jsonl", "--local"]
+    assert main([*argv, "--timeout", "0.2"]) == 4
+    stalled.set()
+    os.chdir("..")
+    os.rename("before", "after")
+    os.chdir("after")
+
+    os.rename("out.jsonl.db", "elsewhere")
+    assert main(argv) == 2
+    assert "which is not at" in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["elsewhere", "out.jsonl.checkpoint", "tasks.jsonl"]
+
+    os.rename("elsewhere", "out.jsonl.db")
+    assert main(argv) == 0
+    assert sorted(os.listdir()) == ["out.jsonl", "tasks.jsonl"]
+
+
 def test_what_an_interrupted_local_run_left_is_not_mixed_into_a_new_one(provider, stalled, capsys):
     """It would be run, and paid for, beside the new tasks: the refusal names the batch, and nothing is called."""
     argv = ["run", write_tasks(provider, "one"), "-o", "out.jsonl", "--local"]
