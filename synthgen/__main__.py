@@ -7,6 +7,7 @@ import argparse
 import codecs
 import csv
 import json
+import math
 import os
 import shlex
 import shutil
@@ -478,7 +479,7 @@ def _parser() -> argparse.ArgumentParser:
     add = follow.add_argument
     add("--input-cost", type=_number, metavar="X", help="price of a million input tokens")
     add("--output-cost", type=_number, metavar="Y", help="price of a million output tokens")
-    add("--timeout", type=_number, metavar="S", help="longest wait, in seconds; what is done by then is not lost")
+    add("--timeout", type=_seconds, metavar="S", help="longest wait, in seconds; what is done by then is not lost")
     add("--stall-timeout", type=float, default=300.0, metavar="S", help="longest standstill, in seconds (default: 300)")
     add = output.add_argument
     add("-o", "--output", type=_output_name, metavar="OUT.jsonl", help="file for the results; - or by default stdout")
@@ -538,6 +539,10 @@ def _number(text: str) -> float:
         if 0 <= float(text) < float("inf"):
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+
+
+def _seconds(text: str) -> float:
+    return math.inf if text == "inf" else _number(text)
 
 
 def _limit(text: str) -> float:

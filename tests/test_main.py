@@ -644,6 +644,12 @@ def test_an_upload_that_is_refused_can_be_started_again(server, provider, monkey
     assert "0 of 2 tasks uploaded\n" in said and "to go on: synthgen run tasks.jsonl" in said
 
 
+def test_a_timeout_may_be_for_ever(local, provider, capsys):
+    """Said as Python says it, as that of the standstill may be."""
+    assert main(["run", write_tasks(provider, "one"), "--timeout", "inf", "--stall-timeout", "inf"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_other_tasks_than_those_of_the_run_that_was_interrupted_are_an_error(local, provider, stalled, capsys):
     """It says so, and nothing is sent."""
     assert main(["run", write_tasks(provider, "one"), "--timeout", "0.2"]) == 4
