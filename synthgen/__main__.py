@@ -152,6 +152,8 @@ def _run(args: argparse.Namespace) -> int:
 @contextmanager
 def _seekable(path: str) -> Iterator[BinaryIO]:
     """A file to read as often as is wanted; a copy of what can be read only once, as stdin and pipes."""
+    if path == "-" and sys.stdin is None:
+        raise ConfigurationError("stdin is closed: there are no tasks to be read")
     with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
         if path != "-" and file.seekable():
             yield file

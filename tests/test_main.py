@@ -376,6 +376,14 @@ def test_a_dash_reads_tasks_from_stdin(local, provider, capsys, monkeypatch):
     assert read_lines(capsys.readouterr().out)[0]["custom_id"] == "piped"
 
 
+def test_stdin_that_is_closed_is_told(capsys, monkeypatch):
+    """As by a shell's <&-."""
+    monkeypatch.setattr(sys, "stdin", None)
+
+    assert main(["run", "-"]) == 2
+    assert "stdin is closed" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
 def test_tasks_are_read_from_a_pipe(provider, capsys):
     """As a shell makes one of <(zcat tasks.jsonl.gz): it can be read only once, and nothing can be put beside it."""
