@@ -148,8 +148,8 @@ class Account:
         self._tokens = _Window(limits.tpm, policy.window)
         self._running = 0
         self._mean_tokens = 0.0
-        #: When the next call may start; since when none is known to be taken, and why.
-        self._next_at = self._trouble_since = -math.inf
+        #: When the next call may start; until when none does, since when not, and why.
+        self._next_at = self._paused_until = self._trouble_since = -math.inf
         self._trouble = ""
         #: While it is not known whether calls are taken again, one at a time: that one.
         self._is_probing = False
@@ -224,9 +224,9 @@ class Account:
     def trouble(self, now: float) -> Optional[str]:
         """What is wrong, since when, and until when nothing is called; None where all is well."""
         is_idle = not self._running and self.waiting.first() is None
-        if is_idle or self.verdict is not None or not self._is_probing:
+        if is_idle or self.verdict is not None or not (self._is_probing or now < self._paused_until):
             return None
-        until = f"no call before {_clock(self._next_at)}" if now < self._next_at else "a call tries it again"
+        until = f"no call before {_clock(self._paused_until)}" if now < self._paused_until else "a call tries it again"
         return f"{self.name} {self._trouble} since {_clock(self._trouble_since)}: {until}"
 
     def reopen(self) -> None:
@@ -330,7 +330,8 @@ class Account:
 
     def _pause(self, why: str, now: float, seconds: float) -> None:
         self._trouble, self._is_probing = why, True
-        self._next_at = max(self._next_at, now + seconds)
+        self._paused_until = max(self._paused_until, now + seconds)
+        self._next_at = max(self._next_at, self._paused_until)
 
     def _heed(self, told: Told, now: float) -> None:
         """Slow down to what a provider says of its limit, when that is near."""

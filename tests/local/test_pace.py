@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 from servers import DEADLINE, DROP, Answer
@@ -450,6 +451,36 @@ def test_health_says_that_a_provider_is_away(pace, task):
 
     assert error.startswith("127.0.0.1:1 is away since 20")
     assert "no call before 20" in error and "secret" not in error
+
+
+def test_health_says_that_tasks_wait_for_a_provider_that_was_given_up(pace, task):
+    """More tasks have come, but the time until which it is not called is not over."""
+    api = pace({"retries": 0, "backoff": 30.0, "longest_pause": 60.0}, workers=8)
+    tasks = [task(str(number), url="http://127.0.0.1:1/v1") for number in range(30)]
+    api.run(*tasks)
+    assert api.get("/health")["error"] is None
+    api.submit(*tasks)
+    deadline = time.monotonic() + DEADLINE
+    while "is away" not in (api.get("/health")["error"] or ""):
+        assert time.monotonic() < deadline
+
+    assert "no call before 20" in api.get("/health")["error"]
+
+
+def test_trouble_lasts_until_calls_may_start():
+    """Though one that started since the first refusal was answered; and it says when a call tries again."""
+    paced, now = account(), 1000.0
+    paced.waiting.append(SimpleNamespace(id=1))
+    first, second = (paced.start(Estimate(), 0.0, now) for _ in range(2))
+    paced.ended(first, Outcome(Kind.REFUSED, retry_after=10.0), now + 1)
+    probe = paced.start(Estimate(), 0.0, now + 11)
+    assert paced.trouble(now + 12).endswith("a call tries it again")
+    paced.ended(second, Outcome(Kind.REFUSED, retry_after=1000.0), now + 13)
+    paced.ended(probe, good(), now + 14)
+
+    assert paced.delay(Estimate(), now + 15) == 998.0
+    assert "no call before" in paced.trouble(now + 15)
+    assert paced.trouble(now + 1014) is None
 
 
 def test_a_task_that_always_fails_has_its_own_tries(serve, model, task):
