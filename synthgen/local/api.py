@@ -88,7 +88,8 @@ class API:
 
     def _health(self, request: Request) -> Response:
         counters = self._counters(self._store.totals(), sum(map(len, self._workers.processing().values())))
-        unstored, trouble, budget = self._workers.health(counters["pending_tasks"])
+        unfinished = counters["pending_tasks"] + counters["processing_tasks"]
+        unstored, trouble, budget = self._workers.health(unfinished)
         health = {
             "status": "unhealthy" if unstored else "healthy",
             "services": {

@@ -701,6 +701,30 @@ def test_the_client_says_that_the_money_is_used_up(model, monkeypatch):
     assert error.batch_id
 
 
+def test_a_task_that_was_called_before_may_wait_for_money(model, monkeypatch):
+    """It failed, and meanwhile another one cost more than there was room for: it counts as waiting, not as running."""
+    monkeypatch.setattr("synthgen._waiting._ASK_AFTER", 0.05)
+    has_failed = threading.Event()
+
+    def answer(request):
+        if b"bad" in request.body:
+            has_failed.set()
+            return Answer({"error": "oops"}, 500, {"Retry-After": "0.5"})
+        has_failed.wait(DEADLINE)
+        return {**GOOD, "usage": {"prompt_tokens": 0, "completion_tokens": 4000}}
+
+    model.answers(answer)
+    bodies = [{"messages": [{"content": name}], "max_tokens": 1000} for name in ("bad", "good")]
+    tasks = [Task(url=model.url, body=body) for body in bodies]
+    with LocalServer(max_cost=4.5, output_cost=1000.0) as server, server.client() as client:
+        with pytest.raises(BudgetExceededError) as caught:
+            client.monitor_batch(tasks, show_progress=False, timeout=10.0)
+        health = client.check_health()
+
+    assert (caught.value.spent, caught.value.waiting, health.budget.waiting) == (4.0, 1, 1)
+    assert "the budget of 4.5 is used up" in health.error
+
+
 @pytest.mark.parametrize(
     "settings",
     [
