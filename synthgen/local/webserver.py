@@ -255,7 +255,8 @@ class WebServer:
     @property
     def is_full(self) -> bool:
         """Whether no more connections are accepted, until one of them ends."""
-        return sum(thread.is_alive() for thread in self._connections) >= _MAX_CONNECTIONS
+        # Not by is_alive(): connections ask this, too, and until 3.12 it can fail where two threads ask it at a time.
+        return sum(connection.fileno() >= 0 for connection in self._connections.values()) >= _MAX_CONNECTIONS
 
     def close(self) -> None:
         """End every connection and every thread; twice is fine."""

@@ -217,6 +217,25 @@ def test_idle_connections_give_way_to_new_ones(api, monkeypatch):
             assert status(connection.recv(1 << 16)) == 200
 
 
+def test_only_the_accepting_thread_asks_whether_others_run(api, monkeypatch):
+    """Until 3.12, is_alive() can fail where two ask it of one that has just ended; nobody would listen any more."""
+    monkeypatch.setattr(webserver, "_MIN_IDLE", 0.01)
+    asked_by, is_alive = set(), threading.Thread.is_alive
+
+    def noting_is_alive(thread):
+        asked_by.add(threading.current_thread().name)
+        return is_alive(thread)
+
+    monkeypatch.setattr(threading.Thread, "is_alive", noting_is_alive)
+    with closing(connect(api)) as idle:
+        idle.settimeout(0.3)
+        with pytest.raises(socket.timeout):
+            idle.recv(1)
+        exchange(api, request(api, "GET /token HTTP/1.1"))
+
+    assert asked_by == {"synthgen-accept"}
+
+
 def test_a_connection_that_gets_no_thread_is_closed_and_the_next_one_served(api, monkeypatch):
     """The system may be out of threads for a while; the server goes on listening."""
     refusals, start = [RuntimeError("can't start new thread")], threading.Thread.start
