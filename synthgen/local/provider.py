@@ -38,6 +38,7 @@ _NO_ACCOUNT = re.compile(
 _TOLD = ("x-ratelimit-{1}-{0}", "anthropic-ratelimit-{0}-{1}")
 #: A duration as OpenAI writes it, such as 6m0s or 20ms; a bare number is seconds.
 _DURATION = re.compile(r"([\d.]+)(ms|[dhms]|$)")
+_DURATIONS = re.compile(f"(?:{_DURATION.pattern})*")
 _UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "": 1.0, "ms": 0.001}
 #: Limits are reset within a day or so: a larger number is no duration, and a later time no time of reset.
 _LONGEST_RESET = 7 * 86400
@@ -288,7 +289,7 @@ def _seconds(text: str, date: Optional[str]) -> float:
     """How long until a limit is reset: a duration, or a time, by the provider's own clock."""
     is_epoch = text.isdigit() and int(text) > _LONGEST_RESET
     if not is_epoch and "T" not in text:
-        if _DURATION.sub("", text):
+        if not _DURATIONS.fullmatch(text):
             raise ValueError(text)
         return sum(float(count) * _UNITS[unit] for count, unit in _DURATION.findall(text))
     now = parsedate_tz(date or formatdate())

@@ -299,6 +299,15 @@ def test_what_is_no_time_of_reset_is_nothing(text, date):
         _seconds(text, date)
 
 
+def test_a_long_text_that_is_no_duration_takes_no_time():
+    """Twice as long, twice the time: none of our threads runs meanwhile."""
+    started = time.process_time()
+    with pytest.raises(ValueError):
+        _seconds("9" * 30_000 + "x", None)
+
+    assert time.process_time() - started < 1
+
+
 @pytest.mark.parametrize(
     "reset, date",
     [
