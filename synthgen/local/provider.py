@@ -292,7 +292,9 @@ def _seconds(text: str, date: Optional[str]) -> float:
         if not _DURATIONS.fullmatch(text):
             raise ValueError(text)
         return sum(float(count) * _UNITS[unit] for count, unit in _DURATION.findall(text))
-    now = parsedate_tz(date or formatdate())
+    now = None
+    with contextlib.suppress(LookupError, UnboundLocalError):  # Python 3.8, for some that are no date
+        now = parsedate_tz(date or formatdate())
     if now is None:
         raise ValueError(date)
     if is_epoch:

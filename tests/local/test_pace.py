@@ -291,7 +291,13 @@ def test_a_time_of_reset_is_by_the_providers_clock(text, zone):
 
 @pytest.mark.parametrize(
     "text, date",
-    [("soon", None), ("2020-01-01T00:01:00Z", "no date"), ("4102444800", "Wed, 01 Jan 2020 00:00:30 GMT")],
+    [
+        ("soon", None),
+        ("2020-01-01T00:01:00Z", "no date"),
+        ("2020-01-01T00:01:00Z", "Wed, 01 Jan 2020 00.00.30.00 GMT"),
+        ("2020-01-01T00:01:00Z", "01 Jan , 00:00:30"),
+        ("4102444800", "Wed, 01 Jan 2020 00:00:30 GMT"),
+    ],
 )
 def test_what_is_no_time_of_reset_is_nothing(text, date):
     """It costs no answer, and stops no account for years."""
