@@ -17,6 +17,7 @@ from email.utils import formatdate, mktime_tz, parsedate_tz
 from enum import Enum
 from functools import lru_cache
 from http.client import responses
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Iterator, Mapping, NamedTuple, Optional, Tuple
 from urllib.parse import urlsplit
 
@@ -109,6 +110,7 @@ class Provider:
         self._session = requests.Session()
         self._session.headers["Content-Type"] = "application/json"
         self._environment = lru_cache(maxsize=64)(self._read_environment)
+        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._adapter = _Adapter()
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, self._adapter)
