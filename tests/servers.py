@@ -248,7 +248,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, answer: Answer) -> None:
         body = b"" if answer.status == 204 else answer.body
-        self.send_response(answer.status)
+        send = self.send_response_only if "Date" in answer.headers else self.send_response  # which sends its own
+        send(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)
         if answer.chunks is None:
