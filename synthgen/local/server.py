@@ -67,8 +67,10 @@ class LocalServer:
         input_cost: float = 0.0,
         output_cost: float = 0.0,
     ) -> None:
-        if not isinstance(workers, int) or not 1 <= workers <= _MOST_WORKERS:
-            raise ConfigurationError(f"workers must be at least 1, not {workers!r}, and at most {_MOST_WORKERS:,}")
+        if not isinstance(workers, int) or workers < 1:
+            raise ConfigurationError(f"workers must be at least 1, not {workers!r}")
+        if workers > _MOST_WORKERS:
+            raise ConfigurationError(f"workers must be at most {_MOST_WORKERS}, not {workers}")
         if api_key is not None and not (api_key and is_header_value(api_key)):
             raise ConfigurationError("api_key can't be sent in a header: it is empty, or has a line break or spaces")
         for name, limit in (("rpm", rpm), ("tpm", tpm), ("max_cost", max_cost)):
