@@ -72,8 +72,9 @@ class Workers:
         #: The tasks that are out of the database, by row id, and how many of each batch are.
         self._out: Dict[int, _Task] = {}
         self._out_per_batch: Counter[int] = Counter()
-        #: By provider and a digest of the key.
+        #: By provider and a digest of the key; and those of them that have tasks to call, in the order of their turns.
         self._accounts: Dict[bytes, Account] = {}
+        self._queued: Dict[Account, None] = {}
         #: The tasks that wait for money; and those that wait for a moment, each with what is done then.
         self._unaffordable: Deque[_Task] = deque()
         self._waiting: List[Tuple[float, int, Callable[[], None]]] = []
@@ -142,8 +143,7 @@ class Workers:
                 count = f"calls that failed and will be made again: {repeating:,}"
                 troubles.append(f"{count}; the last: {self._last_error}")
             spent, cap = self._budget.spent, self._budget.cap
-            is_queued = any(account.waiting.first() for account in self._accounts.values())
-            is_idle = not (self._budget.running or is_queued or self._waiting)
+            is_idle = not (self._budget.running or self._queued or self._waiting)
             waiting = unfinished if is_idle and any(task.id in self._out for task in self._unaffordable) else 0
             if waiting:
                 troubles.append(f"the budget of {cap:g} is used up, {spent:.6g} were spent")
@@ -206,7 +206,7 @@ class Workers:
     def _next(self, moment: float) -> Tuple[Optional[_Task], float]:
         """A task that may be called now, or how long until there may be one."""
         delays = [threading.TIMEOUT_MAX, *(due - moment for due, _, _ in self._waiting[:1])]
-        for account in [] if self._is_store_failing else self._accounts.values():
+        for account in [] if self._is_store_failing else list(self._queued):
             for task in iter(account.waiting.first, None):
                 delay = account.delay(task.estimate, moment) if task.id in self._out else 0.0
                 if delay > 0:
@@ -215,6 +215,8 @@ class Workers:
                 account.waiting.pop()
                 if task.id in self._out and self._start(task, moment):
                     return task, 0.0
+            else:
+                del self._queued[account]  # nothing waits for it any more
         return None, min(delays)
 
     def _start(self, task: _Task, moment: float) -> bool:
@@ -230,6 +232,11 @@ class Workers:
         task.started_at = task.started_at or now()
         return True
 
+    def _queue(self, task: _Task) -> None:
+        """Let a task wait until its account may be called."""
+        task.account.waiting.append(task)
+        self._queued[task.account] = None
+
     def _postpone(self, task: _Task, seconds: float, then: Callable[[], None]) -> None:
         heapq.heappush(self._waiting, (time.monotonic() + seconds, task.id, then))
 
@@ -239,11 +246,10 @@ class Workers:
         account.ended(task.call, outcome, time.monotonic())
         self._budget.ended(task.call.cost, outcome)
         while self._unaffordable:
-            unaffordable = self._unaffordable.popleft()
-            unaffordable.account.waiting.append(unaffordable)
+            self._queue(self._unaffordable.popleft())
         error = outcome.error
         if outcome.kind is Kind.REFUSED:
-            account.waiting.append(task)
+            self._queue(task)
             return
         if outcome.kind is Kind.FAILED:
             task.failures += 1
@@ -264,10 +270,10 @@ class Workers:
         status = outcome.error.partition(": ")[0] if outcome.is_reached else outcome.error
         self._last_error = f"{task.account.name}: {status}"
         if task.account.is_away:
-            task.account.waiting.append(task)
+            self._queue(task)
         else:
             pause = self._policy.pause(task.tries, outcome.retry_after)
-            self._postpone(task, pause, lambda: task.account.waiting.append(task))
+            self._postpone(task, pause, lambda: self._queue(task))
 
     def _account(self, url: str, api_key: Optional[str]) -> Account:
         """The account that a call belongs to."""
@@ -287,7 +293,7 @@ class Workers:
         wanted, count = 2 * self.count, 0
         share = max(wanted // max(len(self._unread), 1), 1)
         for batch, after in list(self._unread.items()):
-            limit = min(share, _MAX_OUT - self._out_per_batch[batch])
+            limit = min(share, max(16 * self.count, _MAX_OUT) - self._out_per_batch[batch])
             rows = self._store.unfinished_tasks(batch, after, limit) if limit > 0 else []
             for row in rows:
                 if row["id"] not in self._out:  # read before it was known that the batch had grown
@@ -313,7 +319,7 @@ class Workers:
         else:
             if task.use_cache:
                 self._leaders[task.group] = task
-            task.account.waiting.append(task)
+            self._queue(task)
 
     def _let_go(self, task: _Task) -> None:
         """A task has ended, or was deleted: whoever waits for its answer goes on."""
@@ -331,7 +337,7 @@ class Workers:
         for leader, *followers in filter(None, parts):
             leader.followers = followers
             self._leaders[task.group] = leader
-            leader.account.waiting.append(leader)
+            self._queue(leader)
 
 
 def _failure(error: str) -> Result:
