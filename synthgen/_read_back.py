@@ -34,14 +34,8 @@ class ReadBack:
         if time.monotonic() >= self.deadline:
             raise BatchTimeoutError(f"batch {self.batch_id!r}: the time ran out", batch_id=self.batch_id)
 
-    def total(self) -> int:
-        """How many tasks the batch has just now; 0 where there is no such batch."""
-        try:
-            return self._total()
-        except NotFoundError:
-            return 0
-
-    def _total(self, **options: int) -> int:
+    def total(self, **options: int) -> int:
+        """How many tasks the batch has just now; 0 where the server says that there is none, which a 404 does not."""
         try:
             return self.client._get_batch(self.batch_id, read_timeout=LONGEST_POLL, **options).total_tasks
         except (NotFoundError, ServerError) as exc:
@@ -101,7 +95,7 @@ class ReadBack:
         while True:
             self.check_deadline()
             try:
-                last, total = total, self._total(retries=0)
+                last, total = total, self.total(retries=0)
             except (NotFoundError, *AWAY_ERRORS) as exc:
                 away, total = away + 1, None
                 if away > self.client._retries:

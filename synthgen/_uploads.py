@@ -2,6 +2,7 @@
 
 import math
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Callable, Iterable, List, Optional
@@ -106,7 +107,8 @@ class Upload:
                 gone = self.checkpoint.error(f"the server has nothing of its batch {self.batch_id!r} (deleted?)")
                 raise NotFoundError(gone.message, status_code=404)
         elif self._repeats and not self._deduplicates and not self.is_own:
-            self._before = self._read_back.total()
+            with suppress(NotFoundError):  # a new one, with a name of the caller's
+                self._before = self._read_back.total()
 
     def _send(self, index: int, chunk: List[Task], lines: bytes) -> None:
         """Send a chunk until all of it was taken; after a lost answer, only what the batch does not have."""

@@ -473,7 +473,9 @@ class SynthgenClient:
             return nullcontext()
 
         def has_batch(batch_id: str) -> bool:
-            return ReadBack(self, batch_id, math.inf).total() > 0
+            with suppress(NotFoundError):
+                return ReadBack(self, batch_id, math.inf).total() > 0
+            return False
 
         return closing(Checkpoint(path, self._server_name or self.base_url, batch_id, chunk_size, has_batch))
 

@@ -113,6 +113,20 @@ def test_a_chunk_that_a_session_sent_twice_is_looked_for(server, clock, path):
     assert server.calls == {"0": 1, "1": 1}
 
 
+def test_a_proxys_404_does_not_say_that_the_batch_is_gone(server, client, path):
+    """Who removed the checkpoint, as is advised for a batch that is, would pay for all of it twice."""
+    break_off(server, client, path, Answer({"detail": "no"}, 401))
+    (batch_id,) = batch_ids(server)
+    server.answer("GET", f"{UPLOADS}/{batch_id}", Answer("<html>not here</html>", 404), server.play)
+
+    with pytest.raises(NotFoundError, match="with a web page") as caught:
+        client.create_batch(tasks(6), 2, checkpoint=path)
+    assert "remove" not in str(caught.value)
+    client.create_batch(tasks(6), 2, checkpoint=path)
+
+    assert server.calls == dict.fromkeys(map(str, range(6)), 1)
+
+
 @pytest.mark.parametrize("was_taken", [True, False], ids=["taken", "lost"])
 def test_the_chunk_in_doubt_is_run_once(server, client, path, was_taken):
     """It is looked for, or sent again under its key: each prompt is paid for once."""
