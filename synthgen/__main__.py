@@ -482,7 +482,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--input-cost", type=_number, metavar="X", help="price of a million input tokens")
     add("--output-cost", type=_number, metavar="Y", help="price of a million output tokens")
     add("--timeout", type=_seconds, metavar="S", help="longest wait, in seconds; what is done by then is not lost")
-    add("--stall-timeout", type=float, default=300.0, metavar="S", help="longest standstill, in seconds (default: 300)")
+    add("--stall-timeout", type=_seconds, default=300.0, metavar="S", help="longest standstill, in s (default: 300)")
     add = output.add_argument
     add("-o", "--output", type=_output_name, metavar="OUT.jsonl", help="file for the results; - or by default stdout")
     add("--force", action="store_true", help="replace that file if it is there")

@@ -652,6 +652,17 @@ def test_an_upload_that_is_refused_can_be_started_again(server, provider, monkey
     assert "0 of 2 tasks uploaded\n" in said and "to go on: synthgen run tasks.jsonl" in said
 
 
+@pytest.mark.parametrize("option", ["--timeout", "--stall-timeout"])
+@pytest.mark.parametrize("seconds", ["-1", "nan", "soon"])
+def test_a_timeout_that_makes_no_sense_is_refused_before_anything_is_made(provider, capsys, option, seconds):
+    """No database is left of a run that never began."""
+    with pytest.raises(SystemExit) as caught:
+        main(["run", write_tasks(provider, "one"), "--local", option, seconds])
+
+    assert caught.value.code == 2 and "is no number from 0 on" in capsys.readouterr().err
+    assert os.listdir() == ["tasks.jsonl"]
+
+
 def test_a_timeout_may_be_for_ever(local, provider, capsys):
     """Said as Python says it, as that of the standstill may be."""
     assert main(["run", write_tasks(provider, "one"), "--timeout", "inf", "--stall-timeout", "inf"]) == 0
