@@ -351,6 +351,7 @@ def _remove(*paths: str) -> None:
 @contextmanager
 def _following(args: argparse.Namespace, client: SynthgenClient) -> Iterator[Dict[str, Any]]:
     """How to follow a batch. The same words go on, whatever ended them early; where money did, with a higher cap."""
+    endings = (BatchStalledError, BatchTimeoutError, BatchUploadError, BudgetExceededError)
     try:
         if args.batch:
             client.get_batch(args.batch)  # a name that is wrong is found out now
@@ -361,7 +362,7 @@ def _following(args: argparse.Namespace, client: SynthgenClient) -> Iterator[Dic
             "stall_timeout": args.stall_timeout,
             "monitor": choose_monitor(),
         }
-    except (KeyboardInterrupt, BatchStalledError, BatchTimeoutError, BatchUploadError, BudgetExceededError) as exc:
+    except (KeyboardInterrupt, OSError, *endings) as exc:  # a full disk, or nobody who reads the results
         if isinstance(exc, BudgetExceededError) and vars(args).get("max_cost"):  # else it is the cap of a script
             _say("what --max-cost allows is used up: it has to be higher")
         _say(f"to go on: {shlex.join(['synthgen', *args.argv])}")

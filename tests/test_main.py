@@ -889,6 +889,19 @@ def test_a_closed_pipe_is_no_error(local, provider, form):
     assert process.wait(DEADLINE) == 0
 
 
+def test_a_run_whose_results_nobody_reads_says_how_to_get_them(provider):
+    """``synthgen run TASKS | head -1``: they were paid for, and the checkpoint has them."""
+    write_tasks(provider, "one")
+    process = start("run", "tasks.jsonl", "--local", stdout=subprocess.PIPE)
+    process.stdout.close()
+
+    assert "to go on: synthgen run tasks.jsonl --local\n" in process.stderr.read()
+    process.stderr.close()
+    assert process.wait(DEADLINE) == 0
+    assert main(["run", "tasks.jsonl", "--local"]) == 0
+    assert len(provider.requests) == 1
+
+
 def test_statistics_are_a_table(local, provider, capsys):
     """Off a terminal: plain lines, and a summary with a sane percentage."""
     batch_id = submit(local, provider, "one", "two")
