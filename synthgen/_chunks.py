@@ -42,7 +42,10 @@ class Chunks:
         for index, item in enumerate(self._tasks):
             self.unsent.append(item)
             self.unsent[-1] = task = as_task(item, index)
-            line = task.to_line()
+            try:
+                line = task.to_line()
+            except (TypeError, ValueError) as exc:
+                raise ValueError(f"the task at {index} was changed to what can't be sent as JSON: {exc}") from exc
             if self._lines and self._length + len(line) >= self._most_bytes:
                 yield self._cut()
             self._lines.append(line)

@@ -506,13 +506,15 @@ def test_an_iterable_that_fails_before_its_first_task_is_not_our_affair(server, 
         client.create_batch(generate())
 
 
-def test_a_body_changed_to_what_json_can_not_say_ends_the_upload_there(server, client):
-    """Nothing of its chunk was sent."""
+@pytest.mark.parametrize("value", [float("nan"), {1}, "\ud800"], ids=repr)
+def test_a_body_changed_to_what_json_can_not_say_ends_the_upload_there(server, client, value):
+    """Nothing of its chunk was sent, and the error says which task it is."""
     given = tasks(4)
-    given[3].body["x"] = float("nan")
+    given[3].body["x"] = value
 
     error = caught_from(client, given)
 
+    assert "the task at 3 " in str(error)
     assert isinstance(error.__cause__, ValueError) and (error.uploaded, error.remaining) == (2, given[2:])
 
 
