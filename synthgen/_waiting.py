@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any, Iterator, Optional, Protocol
 
 from ._options import RunOptions
-from ._progress import plural
+from ._progress import health_rows
 from ._retry import LONGEST_RETRY_AFTER
 from .exceptions import (
     APIError,
@@ -277,16 +277,5 @@ def describe_queues(health: Optional[HealthResponse]) -> str:
         return "the server does not tell its health"
     if not knows_queues(health):
         return "RabbitMQ is down, and nothing known of its queues"
-    services = health.services
-    queues = (
-        ("task", services.task_queue_messages, services.task_queue_consumers),
-        ("batch", services.batch_queue_messages, services.batch_queue_consumers),
-    )
-    return ", ".join(
-        f"{name} queue: {_known(messages, 'message')}, {_known(consumers, 'consumer')}"
-        for name, messages, consumers in queues
-    )
-
-
-def _known(count: Optional[int], noun: str) -> str:
-    return f"{noun}s unknown" if count is None else plural(count, noun)
+    rows = [f"{name}: {state}" for name, state in health_rows(health) if name.endswith("queue")]
+    return "; ".join(rows) or "the server tells nothing of its queues"

@@ -308,7 +308,7 @@ def test_a_task_that_never_arrived_is_named(clock, server, client, seen):
 
     error = caught.value
     assert "3 of 1,200 tasks never arrived" in str(error)
-    assert "batch queue: 0 messages, 1 consumer" in str(error)
+    assert "batch queue: 1 consumer, 0 waiting" in str(error)
     assert [task.custom_id for task in error.missing] == ["3", "503", "1003"]
     assert_answered(error.results, [task for task in tasks if task not in error.missing])
     assert error.batch_id in str(error) and error.health.services.batch_queue_consumers == 1
@@ -345,7 +345,7 @@ def test_an_upload_in_a_queue_that_is_consumed_is_no_stall(clock, server, client
 
     assert_answered(client.monitor_batch(make_tasks(2), poll_interval=10, monitor=seen), make_tasks(2))
 
-    assert any("batch queue: 1 message, 1 consumer" in note for note in seen.notes)
+    assert any("batch queue: 1 consumer, 1 waiting" in note for note in seen.notes)
 
 
 def test_an_upload_that_nobody_ingests_is_a_stall(clock, server, client):
@@ -353,7 +353,7 @@ def test_an_upload_that_nobody_ingests_is_a_stall(clock, server, client):
     server.ingests = False
     server.batch_consumers = 0
 
-    with pytest.raises(BatchStalledError, match="batch queue: 1 message, 0 consumers") as caught:
+    with pytest.raises(BatchStalledError, match="batch queue: 0 consumers, 1 waiting") as caught:
         client.monitor_batch(make_tasks(2), show_progress=False)
 
     assert caught.value.batch is None and caught.value.batch_id in str(caught.value)
@@ -364,7 +364,7 @@ def test_tasks_that_nobody_runs_are_a_stall(clock, server, client):
     server.runs = False
     server.task_consumers = 0
 
-    with pytest.raises(BatchStalledError, match="2 tasks wait; task queue: 2 messages, 0 consumers") as caught:
+    with pytest.raises(BatchStalledError, match="2 tasks wait; task queue: 0 consumers, 2 waiting") as caught:
         client.monitor_batch(make_tasks(2), show_progress=False)
 
     assert caught.value.batch.pending_tasks == 2
@@ -656,7 +656,7 @@ def test_an_index_that_never_comes_is_a_stall(clock, server, client):
     server.ingests = False
     server.batch_consumers = 0
 
-    with pytest.raises(BatchStalledError, match="batch queue: 1 message, 0 consumers"):
+    with pytest.raises(BatchStalledError, match="batch queue: 0 consumers, 1 waiting"):
         client.monitor_batch(make_tasks(2), show_progress=False)
 
 
