@@ -155,8 +155,8 @@ class BatchWait:
         now = time.monotonic()
         if self._away_since is not None:
             self.monitor.note(f"the server is back after {now - self._away_since:.0f} s")
+            self._quiet_since += now - self._away_since
             self._away_since = None
-            self._quiet_since = now
         if self.batch and (before is None or _counters(self.batch) != _counters(before)):
             self._moved_at = self._quiet_since = self._not_before = now
         self.monitor.batch(self.batch, self.expected, self._seen.cost(*self.options.prices))

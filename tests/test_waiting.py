@@ -617,8 +617,50 @@ def test_an_export_that_never_ends_well_ends_the_wait(clock, server, client):
         client.monitor_batch(make_tasks(10), show_progress=False)
 
 
+def test_a_proxys_404_in_the_download_is_asked_again(clock, server, client, seen):
+    """The batch was seen a moment ago."""
+    batch_id = upload(client, make_tasks(2))
+    path = f"/api/v1/batches/{batch_id}"
+    server.answer("GET", path, server.play, PROXYS_404, server.play)
+    server.answer("GET", f"{path}/tasks/export", PROXYS_404, server.play)
+
+    assert_answered(client.monitor_batch(make_tasks(2), batch_id, monitor=seen), make_tasks(2))
+
+
+def test_a_proxy_that_always_says_404_to_the_download_ends_the_wait(clock, server, client):
+    """It says how to come back, since the batch is there."""
+    batch_id = upload(client, make_tasks(2))
+    server.answer("GET", f"/api/v1/batches/{batch_id}/tasks/export", PROXYS_404)
+
+    with pytest.raises(NotFoundError, match="404, with a web page.* come back to it with monitor_batch"):
+        client.monitor_batch(make_tasks(2), batch_id, show_progress=False)
+
+
+def test_a_proxys_404_in_place_of_the_health_ends_no_wait(clock, server, client, seen):
+    """It is asked for while nothing moves."""
+    server.runs = False
+    batch_id = upload(client, make_tasks(2))
+    server.answer("GET", "/health", server.play, PROXYS_404)
+    clock.at(60, server.run)
+
+    assert_answered(client.monitor_batch(make_tasks(2), batch_id, monitor=seen), make_tasks(2))
+
+
+def test_tasks_that_only_a_look_up_tells_apart_are_not_mixed_up_by_a_proxy(clock, server, client, seen):
+    """Its 404 says nothing of the task, and is asked again."""
+    server.provider = lambda one: {**echo(one), "choices": [{"message": {"content": f"from {one['custom_id']}"}}]}
+    hosts = [task("same", custom_id=host, url=f"http://{host}/", use_cache=False) for host in "abcdef"]
+    batch_id = upload(client, hosts)
+    for result in client.get_batch_tasks(batch_id):
+        server.answer("GET", f"/api/v1/tasks/{result.message_id}", PROXYS_404, server.play)
+
+    results = client.monitor_batch(hosts, batch_id, monitor=seen)
+
+    assert [result.content for result in results] == [f"from {host}" for host in "abcdef"]
+
+
 def test_the_time_that_a_server_is_away_is_no_stall(clock, server, client):
-    """The stall clock starts anew when the server is back."""
+    """The stall clock stands still meanwhile."""
     server.runs = False
     server.task_consumers = 0
     clock.at(10, lambda: setattr(server, "away", DROP))
@@ -626,6 +668,17 @@ def test_the_time_that_a_server_is_away_is_no_stall(clock, server, client):
     clock.at(1250, server.run)
 
     assert_answered(client.monitor_batch(make_tasks(2), poll_interval=10, show_progress=False), make_tasks(2))
+
+
+def test_a_proxy_that_fails_now_and_then_hides_no_stall(clock, server, client):
+    """Each of its failures ends in a moment, and there is one in each stall time-out."""
+    server.loses = lambda lost: lost["custom_id"] == "0"
+    for moment in range(200, 5000, 200):
+        clock.at(moment, lambda: setattr(server, "away", BAD_GATEWAY_PAGE))
+        clock.at(moment + 5, lambda: setattr(server, "away", None))
+
+    with pytest.raises(BatchIncompleteError, match="1 of 2 tasks never arrived"):
+        client.monitor_batch(make_tasks(2), show_progress=False)
 
 
 def test_a_server_that_stays_away_ends_with_the_timeout(clock, server, client):
