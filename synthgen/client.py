@@ -473,9 +473,7 @@ class SynthgenClient:
             return nullcontext()
 
         def has_batch(batch_id: str) -> bool:
-            with suppress(NotFoundError):
-                return ReadBack(self, batch_id, math.inf).total() > 0
-            return False
+            return ReadBack(self, batch_id, math.inf).total() > 0
 
         return closing(Checkpoint(path, self._server_name or self.base_url, batch_id, chunk_size, has_batch))
 

@@ -127,6 +127,19 @@ def test_a_proxys_404_does_not_say_that_the_batch_is_gone(server, client, path):
     assert server.calls == dict.fromkeys(map(str, range(6)), 1)
 
 
+def test_a_proxys_404_does_not_make_it_another_server(server, client, path):
+    """Under a new address it is asked for its batch, and nobody is told to remove the file."""
+    client.create_batch(tasks(2), checkpoint=path)
+    (batch_id,) = batch_ids(server)
+    server.answer("GET", f"{UPLOADS}/{batch_id}", Answer("<html>not here</html>", 404), server.play)
+    with SynthgenClient(server.url.replace("127.0.0.1", "localhost"), "k") as moved:
+        with pytest.raises(NotFoundError, match="with a web page"):
+            moved.create_batch(tasks(2), checkpoint=path)
+        assert moved.create_batch(tasks(2), checkpoint=path).batch_id == batch_id
+
+    assert len(sent(server)) == 1
+
+
 @pytest.mark.parametrize("was_taken", [True, False], ids=["taken", "lost"])
 def test_the_chunk_in_doubt_is_run_once(server, client, path, was_taken):
     """It is looked for, or sent again under its key: each prompt is paid for once."""
