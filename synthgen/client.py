@@ -286,7 +286,7 @@ class SynthgenClient:
         with _watching(monitor, show_progress) as told:
             batch = self._run(options, todo, results, told)
             found = list(results)
-            told.results(found)
+            told.results(list(found))  # a list of its own, which it may sort
             told.finish(batch, batch.cost(*options.prices))
         return found
 

@@ -764,6 +764,13 @@ def test_an_unhealthy_server_may_be_come_back_to(clock, server, client):
     assert_answered(client.monitor_batch(make_tasks(2), batch_id, show_progress=False), make_tasks(2))
 
 
+def test_a_monitor_that_sorts_the_results_sorts_its_own(clock, server, client, seen):
+    """Those that are returned stay in the order of the tasks."""
+    seen.results = lambda results: results.reverse()
+
+    assert_answered(client.monitor_batch(make_tasks(3), monitor=seen), make_tasks(3))
+
+
 def test_no_tasks_are_no_batch(server, client):
     """An empty list is returned, and nothing asked."""
     assert client.monitor_batch([], show_progress=False) == []
