@@ -252,7 +252,7 @@ def ask_health(client: Connection) -> Optional[HealthResponse]:
     """What the server says of itself; None if it does not answer: the next look at the batch tells more."""
     try:
         return client.check_health()
-    except AWAY_ERRORS:
+    except APIError:  # a proxy's 404, too
         return None
 
 

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from http.cookiejar import DefaultCookiePolicy
 from itertools import count
 from typing import (
@@ -52,7 +52,7 @@ from ._retry import LONGEST_RETRY_AFTER, backoff_time, innermost, never_sent, pa
 from ._stream import iter_tasks
 from ._uploads import Upload
 from ._version import __version__
-from ._waiting import AWAY_ERRORS, BatchWait, describe_queues
+from ._waiting import AWAY_ERRORS, BatchWait, describe_queues, is_not_ingested
 from .exceptions import (
     APIError,
     BatchIncompleteError,
@@ -545,6 +545,7 @@ class SynthgenClient:
     def _collect(self, wait: BatchWait, tasks: Optional[Iterable[Task]], results: _Results) -> Batch:
         """Wait for the batch, download it, and match; as often as it takes."""
         batch_id, monitor = wait.batch_id, wait.monitor
+        failures = 0
         while True:
             stuck = wait.wait()
             matched = surplus = 0
@@ -553,12 +554,13 @@ class SynthgenClient:
                     with closing(self._iter_export(batch_id, None, results.needs_source)) as export:
                         received = _counted(export, monitor, wait.batch.finished_tasks)
                         matched, surplus = results.match(received, lambda ids: self._look_up(ids, monitor))
-            except AWAY_ERRORS as exc:
-                if wait.poll():
-                    way_back = wait.options.way_back(batch_id)
-                    exc.message += f". Batch {batch_id!r} is not lost: come back to it with {way_back}"
-                    exc.args = (exc.message,)
-                    raise
+            except (NotFoundError, *AWAY_ERRORS) as exc:
+                failures += 1
+                if wait.poll():  # else it is waited for
+                    is_proxys = isinstance(exc, NotFoundError) and not is_not_ingested(exc)
+                    if not is_proxys or failures > self._retries:
+                        raise
+                    wait.came_early()
                 continue
             expected = wait.expected
             if wait.batch is not None and matched >= expected:
@@ -588,9 +590,12 @@ class SynthgenClient:
         """Each task as the server has it by itself, which is with its custom_id; None for one that is gone."""
 
         def get_task(message_id: str) -> Optional[TaskResponse]:
-            with suppress(NotFoundError):
+            try:
                 return self.get_task(message_id)
-            return None
+            except NotFoundError as exc:
+                if not is_not_ingested(exc):
+                    raise
+                return None
 
         # A session of the caller's may know nothing of threads.
         with ThreadPoolExecutor(1 if self._given_session else _LOOK_UPS_AT_ONCE) as pool:
@@ -789,12 +794,21 @@ def _watching(monitor: Optional[Monitor], show_progress: bool = False) -> Contex
 
 @contextmanager
 def _naming_batch(batch_id: str, options: RunOptions) -> Iterator[None]:
-    """Ctrl-C says which batch it leaves, and how to come back to that."""
+    """Ctrl-C, a server that fails and a full disk say which batch they leave, and how to come back to that."""
+    how = options.way_back(batch_id)
+    not_lost = f" (batch {batch_id!r} is not lost: come back to it with {how})"
     try:
         yield
     except KeyboardInterrupt:
-        how = options.way_back(batch_id)
         raise KeyboardInterrupt(f"batch {batch_id!r} goes on; come back to it with {how}") from None
+    except OSError as exc:
+        exc.strerror = f"{exc.strerror}{not_lost}"
+        raise
+    except APIError as exc:
+        if not (isinstance(exc, NotFoundError) and is_not_ingested(exc)):  # else it is gone
+            exc.message += not_lost
+            exc.args = (exc.message,)
+        raise
 
 
 def _counted(items: Iterable[_Item], monitor: Monitor, total: Optional[int]) -> Iterator[_Item]:

@@ -327,6 +327,7 @@ def test_a_full_disk_is_an_error_of_the_system_that_loses_nothing(server, client
     with pytest.raises(OSError) as caught:
         client.run_batch(tasks(3), path, checkpoint=checkpoint, show_progress=False)
     assert caught.value.errno == errno.ENOSPC
+    assert "is not lost: come back to it with the same call, by its checkpoint" in str(caught.value)
     assert os.listdir(path.parent) == [checkpoint.name]
 
     monkeypatch.undo()
