@@ -165,7 +165,7 @@ def _seekable(path: str) -> Iterator[BinaryIO]:
 
 def _write_results(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks]) -> bool:
     """Run the tasks, and write their results; whether any has failed."""
-    with _output(args) as file:
+    with _output(args, is_watched=True) as file:
         if isinstance(tasks, FailedTasks):
             with tempfile.TemporaryFile() as results:
                 has_failed = _run_batch(args, tasks, results)
@@ -401,12 +401,18 @@ def _signals() -> Iterator[None]:
 
 
 @contextmanager
-def _output(args: argparse.Namespace) -> Iterator[BinaryIO]:
+def _output(args: argparse.Namespace, is_watched: bool = False) -> Iterator[BinaryIO]:
     """Where results go. A file that can't be written is found out now, and is there only when all is in it."""
     if args.output is None:
         if sys.stdout is None:
             raise ConfigurationError("stdout is closed: -o says where the results go")
-        yield sys.stdout.buffer
+        if is_watched and sys.stdout.isatty():  # where the progress is drawn, perhaps, and would wipe them out
+            with tempfile.TemporaryFile() as file:
+                yield file
+                file.seek(0)
+                shutil.copyfileobj(file, sys.stdout.buffer)
+        else:
+            yield sys.stdout.buffer
         sys.stdout.buffer.flush()  # it may fail, and what could give the results again is removed after this
         return
     if os.path.exists(args.output) and not (args.force or vars(args).get("retry_failed")):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -900,6 +901,29 @@ def test_a_run_whose_results_nobody_reads_says_how_to_get_them(provider):
     assert process.wait(DEADLINE) == 0
     assert main(["run", "tasks.jsonl", "--local"]) == 0
     assert len(provider.requests) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_the_progress_wipes_out_no_result_on_the_same_terminal(provider, stalled):
+    """It goes back over its own lines to draw them anew, as long as it is there."""
+    pytest.importorskip("rich")
+    write_tasks(provider, "one")
+    ours, theirs = os.openpty()
+    environment = {**process_environment(), "TERM": "xterm", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "synthgen", "run", "tasks.jsonl", "--local"]
+    with subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs):
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # when the other side is closed
+            for part in iter(lambda: os.read(ours, 1 << 16), b""):
+                shown += part
+                if b"0 of 1 done" in shown:
+                    stalled.set()
+    os.close(ours)
+
+    progress, brace, results = shown.partition(b'{"message_id"')
+    assert b"\x1b[1A" in progress and brace
+    assert b"\x1b" not in results
 
 
 def test_statistics_are_a_table(local, provider, capsys):
