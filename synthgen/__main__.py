@@ -49,6 +49,9 @@ from .monitor import PlainMonitor, choose_monitor, load_rich
 _OK, _SOME_FAILED, _REFUSED, _UNREACHABLE, _UNFINISHED, _INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 _CHUNK_SIZE = 1000
+#: How long a command may take to end, in seconds, before a signal more ends it at once.
+_PATIENCE = 1.0
+_CACHED = "the rest comes from the cache, but for tasks with use_cache false"
 _DEMO_PRICES = BatchCost(input=0.15, output=0.60)
 _DEMO = [f"solve {a}x + 4 = {4 + a * x}" for a, x in zip(range(2, 12), (3, 5, 2, 7, 4, 9, 6, 8, 1, 10))]
 
@@ -57,11 +60,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command; return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv, argparse.Namespace(argv=argv))
+    with _signals():
+        return _exit_code(args)
+
+
+def _exit_code(args: argparse.Namespace) -> int:
     try:
-        with _signals():
-            code: int = args.command(args)
-            print(end="", flush=True)  # which does nothing where stdout is closed
-            return code
+        code: int = args.command(args)
+        print(end="", flush=True)  # which does nothing where stdout is closed
+        return code
     except KeyboardInterrupt:
         _say("interrupted")
         return _INTERRUPTED
@@ -383,12 +390,15 @@ def _give_up_stdout() -> None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does; the second of them ends the process at once."""
+    """SIGTERM and SIGHUP end a command as Ctrl-C does; one more of them, some time later, ends the process at once."""
+    received: List[float] = []
 
     def interrupt(signum: int, frame: Any) -> None:
-        for number in before:
-            signal.signal(number, lambda *_: os._exit(_INTERRUPTED))
-        raise KeyboardInterrupt
+        received.append(time.monotonic())
+        if len(received) == 1:
+            raise KeyboardInterrupt
+        if received[-1] - received[0] > _PATIENCE:  # else it came with the first, for the same end
+            os._exit(_INTERRUPTED)
 
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # Windows has no SIGHUP
     handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]

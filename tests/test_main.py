@@ -1077,28 +1077,29 @@ def test_settings_that_make_no_sense_are_one_clear_line(argv, local, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_second_interrupt_ends_the_process_at_once():
-    """Whatever the first one is waiting for."""
+@pytest.mark.parametrize("patience, code", [("0", 130), ("600", 0)], ids=["later", "at once"])
+def test_a_second_interrupt_ends_the_process_but_for_one_that_comes_with_the_first(patience, code):
+    """Whatever the first one is waiting for; a key that bounces cuts no cleaning up short."""
     script = (
-        "import time\n"
-        "from synthgen.__main__ import _signals\n"
-        "with _signals():\n"
+        "import sys, time\n"
+        "from synthgen import __main__ as command\n"
+        f"command._PATIENCE = {patience}\n"
+        "with command._signals():\n"
         "    try:\n"
         "        print('ready', flush=True)\n"
         "        time.sleep(600)\n"
-        "    finally:\n"
+        "    except KeyboardInterrupt:\n"
         "        print('stopping', flush=True)\n"
-        "        time.sleep(600)\n"
+        "        sys.stdin.readline()\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], env=process_environment(), stdout=subprocess.PIPE, text=True
-    )
-    for said in ("ready\n", "stopping\n"):
-        assert process.stdout.readline() == said
-        process.send_signal(signal.SIGINT)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], env=process_environment(), text=True, **pipes) as process:
+        for said in ("ready\n", "stopping\n"):
+            assert process.stdout.readline() == said
+            process.send_signal(signal.SIGINT)
+        process.communicate("\n", DEADLINE)
 
-    assert process.wait(DEADLINE) == 130
-    process.stdout.close()
+    assert process.returncode == code
 
 
 # What a run costs, and how fast it may be
