@@ -222,7 +222,9 @@ def _export(args: argparse.Namespace) -> int:
         results = client.iter_batch_tasks(args.batch, args.status)
         if args.format == "csv":
             columns = list(TaskResponse(message_id="", status="").to_row())
-            rows = csv.DictWriter(codecs.getwriter("utf-8")(file, "backslashreplace"), columns, lineterminator="\n")
+            writer = codecs.getwriter("utf-8")(file, "backslashreplace")
+            # Texts in quotes: csv puts none around one with a carriage return, at which it would be read as two rows.
+            rows = csv.DictWriter(writer, columns, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
             rows.writeheader()
             rows.writerows(result.to_row() for result in results)
         else:

@@ -858,7 +858,7 @@ def test_an_export_is_lines_of_json(local, provider, capsys):
 
 def test_an_export_is_a_table(local, provider, capsysbinary):
     """Of UTF-8, a row for each task, under the names of the columns; what has no UTF-8 is escaped."""
-    content = '1, "2"\n\u20ac\ud800'
+    content = '1, "2"\n\u20ac\ud800\r3'
     provider.answer("POST", CHAT, {"choices": [{"message": {"content": content}, "finish_reason": "length"}]})
     batch_id = submit(local, provider, "one", "two")
 
@@ -866,7 +866,7 @@ def test_an_export_is_a_table(local, provider, capsysbinary):
 
     rows = list(csv.DictReader(io.StringIO(capsysbinary.readouterr().out.decode("utf-8"), newline="")))
     assert sorted(row["custom_id"] for row in rows) == ["one", "two"]
-    assert {row["content"] for row in rows} == {'1, "2"\n\u20ac\\ud800'}
+    assert {row["content"] for row in rows} == {'1, "2"\n\u20ac\\ud800\r3'}
     assert {(row["ok"], row["finish_reason"], row["error"]) for row in rows} == {("True", "length", "")}
 
 
@@ -876,7 +876,7 @@ def test_an_export_of_nothing_is_a_table_without_rows(local, provider):
 
     assert main(["export", batch_id, "--format", "csv", "--status", "FAILED", "-o", "out.csv"]) == 0
     (line,) = Path("out.csv").read_bytes().split(b"\n")[:-1]
-    assert line.startswith(b"custom_id,message_id,ok,content,")
+    assert line.startswith(b'"custom_id","message_id","ok","content",')
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
