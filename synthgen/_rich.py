@@ -17,7 +17,6 @@ from .plain import PlainMonitor
 
 try:
     from rich import box
-    from rich.bar import Bar
     from rich.columns import Columns
     from rich.console import Console, Group, RenderableType
     from rich.errors import LiveError
@@ -175,7 +174,10 @@ def print_stats(points: Sequence[TimeSeriesDataPoint], stream: TextIO) -> None:
         table.add_column(ratio=1)
         counts = [getattr(point, f"total_{name}") for point in points]
         most = max(counts, default=0) or 1
-        columns += [Text(f"{count:,}") for count in counts], [Bar(most, 0, count, color=color) for count in counts]
+        bars: List[RenderableType] = [
+            ProgressBar(most, count, complete_style=color, finished_style=color) for count in counts
+        ]
+        columns += [Text(f"{count:,}") for count in counts], bars
     for row in zip(*columns):
         table.add_row(*row)
     Console(file=stream).print(table)

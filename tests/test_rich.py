@@ -218,9 +218,10 @@ def test_a_table_keeps_its_ids_whole():
     assert "[red]NEW[/x]" in stream.getvalue()
 
 
-def test_statistics_are_drawn_as_bars():
+@pytest.mark.parametrize("encoding, mark", [("utf-8", "━"), ("ascii", "-")])
+def test_statistics_are_drawn_as_bars(encoding, mark):
     """Each time bucket has a bar for its tasks and one for its tokens, as long as its share of the most."""
-    stream = io.StringIO()
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
     points = [
         TimeSeriesDataPoint(timestamp=f"2026-11-22 {hour}:00:00", total_tasks=tasks, total_tokens=10 * tasks)
         for hour, tasks in ((10, 0), (11, 500), (12, 1000))
@@ -228,6 +229,7 @@ def test_statistics_are_drawn_as_bars():
 
     print_stats(points, stream)
 
-    none, half, most = (line.count("█") for line in stream.getvalue().splitlines() if "2026" in line)
+    stream.seek(0)
+    none, half, most = (line[16:].count(mark) for line in stream if "2026" in line)
     assert none == 0 < half < most
     assert abs(most - 2 * half) <= 2
