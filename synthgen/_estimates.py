@@ -85,7 +85,7 @@ def plan(
     if input_cost or output_cost:
         rows.append(("cost", cost))
     if rpm or tpm:
-        minutes = [(group["calls"] - 1) // rpm if rpm else 0 for group in accounts.values()]
-        minutes += [(group["prompt"] + group["output"] - 1) // tpm if tpm else 0 for group in accounts.values()]
-        rows.append(("time", f"at least {duration(60 * max(minutes))}"))
+        minutes = [(group["calls"] - 1) // rpm for group in accounts.values() if rpm]
+        minutes += [(group["prompt"] - 1) // tpm for group in accounts.values() if tpm]
+        rows.append(("time", f"at least {duration(60 * max(0, *minutes))}"))
     return rows

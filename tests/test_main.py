@@ -1127,6 +1127,14 @@ def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(provider, capsys):
     assert os.listdir() == ["tasks.jsonl"]
 
 
+def test_a_dry_run_says_the_shortest_time_that_tokens_allow(provider, capsys):
+    """Answers may be as short as they like."""
+    body = {"messages": [{"role": "user", "content": "x" * 4 * 1001}], "max_tokens": 100_000}
+
+    assert main(["run", write_tasks(provider, "one", body=body), "--dry-run", "--tpm", "1000"]) == 0
+    assert "time      at least 1 min 00 s\n" in capsys.readouterr().out
+
+
 def test_a_dry_run_counts_what_will_be_called(provider, capsys):
     """Accounts share no calls, and what is not to come from the cache is no answer for others."""
     of_tasks = [{"api_key": "a"}, {"api_key": "b"}, {"use_cache": False}, {}]
