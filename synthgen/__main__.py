@@ -43,7 +43,7 @@ from .exceptions import (
     InvalidRequestError,
     SynthgenError,
 )
-from .models import BatchCost, HealthStatus, Task, TaskResponse, TaskStatus
+from .models import BatchCost, HealthStatus, Task, TaskResponse, TaskStatus, is_header_value
 from .monitor import PlainMonitor, choose_monitor, load_rich
 
 _OK, _SOME_FAILED, _REFUSED, _UNREACHABLE, _UNFINISHED, _INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -110,8 +110,8 @@ def _run(args: argparse.Namespace) -> int:
     is_stdin = args.tasks == "-"
     beside = args.output or (args.tasks if os.path.isfile(args.tasks) else "synthgen-stdin")
     args.checkpoint, args.database = f"{beside}.checkpoint", args.db or f"{beside}.db"
-    if args.local and args.base_url:
-        raise ConfigurationError("--local starts a server of its own: leave out --base-url")
+    if args.local and (args.base_url or args.config):
+        raise ConfigurationError("--local starts a server of its own: leave out --base-url and --config")
     if args.db and not args.local:
         raise ConfigurationError("--db is the database of --local: give both")
     if args.output and os.path.exists(args.output) and not is_stdin and os.path.samefile(args.output, args.tasks):
@@ -120,6 +120,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigurationError(f"{args.output} is the database: results need another file")
     if not (args.local or args.dry_run) and (args.workers is not None or args.rpm or args.tpm or args.max_cost):
         raise ConfigurationError("--workers, --rpm, --tpm and --max-cost are what --local keeps to: give both")
+    if args.max_cost and not (args.input_cost or args.output_cost):
+        raise ConfigurationError("--max-cost is nothing without prices: give --input-cost and --output-cost, too")
     for kind, price in (("input", args.input_cost), ("output", args.output_cost)):
         if args.max_cost and price is None:
             _say(f"--{kind}-cost was not given: {kind} tokens count nothing for --max-cost")
@@ -128,6 +130,9 @@ def _run(args: argparse.Namespace) -> int:
     key = None if args.key_env is None else os.environ.get(args.key_env)
     if args.key_env is not None and not key:
         raise ConfigurationError(f"--key-env {args.key_env}: this environment variable is not set, or empty")
+    if key and not is_header_value(key):
+        what = "it has a line break, spaces around it, or is not Latin-1"
+        raise ConfigurationError(f"--key-env {args.key_env}: this key can't be sent in a header: {what}")
     with _seekable(args.tasks) as file:
         all_tasks = TaskFile(file, "stdin" if is_stdin else args.tasks, args.provider, key)
         tasks = FailedTasks(all_tasks, args.output) if args.retry_failed else all_tasks
@@ -140,15 +145,15 @@ def _run(args: argparse.Namespace) -> int:
             return _OK
         try:
             has_failed = _write_results(args, tasks)
-        except BatchIncompleteError:  # what was sent and lost, a checkpoint takes for sent
-            without = "--batch" if args.batch else args.checkpoint
-            how = f"with --force, without {without}: the rest comes from the cache"
-            _say(f"to run what never arrived: the same again, {how}")
+        except BatchIncompleteError as exc:  # what was sent and lost, a checkpoint takes for sent
+            if exc.results or not args.batch:  # else the batch is that of other tasks
+                without = "--batch" if args.batch else args.checkpoint
+                _say(f"to run what never arrived: the same again, with --force, without {without}: {_CACHED}")
             raise
     if not args.batch:
         _remove(args.checkpoint)
     if has_failed:
-        how = "--retry-failed (no --force, no --batch)" if args.output else "no --batch: the rest comes from the cache"
+        how = "--retry-failed (no --force, no --batch)" if args.output else f"no --batch: {_CACHED}"
         _say(f"to repeat only what failed: the same again, with {how}")
         return _SOME_FAILED
     if args.local and not args.db:
@@ -190,9 +195,15 @@ def _write_results(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks]
 
 
 def _run_batch(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks], file: BinaryIO) -> bool:
-    with _local_client(args, tasks) if args.local else _client(args) as client, _following(args, client) as options:
-        checkpoint = None if args.batch else args.checkpoint
-        batch = client.run_batch(tasks, file, args.batch, chunk_size=_CHUNK_SIZE, checkpoint=checkpoint, **options)
+    checkpoint = None if args.batch else args.checkpoint
+    made = [path for path in (args.database, args.checkpoint) if path != args.db and not os.path.exists(path)]
+    try:
+        with _local_client(args, tasks) if args.local else _client(args) as client, _following(args, client) as options:
+            batch = client.run_batch(tasks, file, args.batch, chunk_size=_CHUNK_SIZE, checkpoint=checkpoint, **options)
+    except BatchUploadError as exc:
+        if not (exc.uploaded or exc.unconfirmed):  # there is nothing to go on with, and what is mended begins anew
+            _remove(*made)
+        raise
     return batch.failed_tasks > 0
 
 
@@ -312,15 +323,9 @@ def _local_client(args: argparse.Namespace, tasks: Iterable[Task]) -> Iterator[S
             checkpoint.check(tasks)
     elif has_database and not args.db:
         _refuse_unfinished(database)
-    _say(f"database: {database}" + ("" if args.db else ", removed when all is done"))
-    made = [path for path in (database, args.checkpoint) if path != args.db and not os.path.exists(path)]
-    try:
-        with LocalServer(database, **_limits(args)) as server, server.client() as client:
-            yield client
-    except BatchUploadError as exc:
-        if not (exc.uploaded or exc.unconfirmed):  # there is nothing to go on with, and what is mended begins anew
-            _remove(*made)
-        raise
+    _say(f"database: {database}" + ("" if args.db else ", removed when all have completed"))
+    with LocalServer(database, **_limits(args)) as server, server.client() as client:
+        yield client
 
 
 def _limits(args: argparse.Namespace) -> Dict[str, Any]:
@@ -374,7 +379,8 @@ def _following(args: argparse.Namespace, client: SynthgenClient) -> Iterator[Dic
     except (KeyboardInterrupt, OSError, *endings) as exc:  # a full disk, or nobody who reads the results
         if isinstance(exc, BudgetExceededError) and vars(args).get("max_cost"):  # else it is the cap of a script
             _say("what --max-cost allows is used up: it has to be higher")
-        _say(f"to go on: {shlex.join(['synthgen', *args.argv])}")
+        if not isinstance(exc.__cause__, InvalidRequestError):  # tasks that would be refused again
+            _say(f"to go on: {shlex.join(['synthgen', *args.argv])}")
         raise
 
 
@@ -496,7 +502,7 @@ def _parser() -> argparse.ArgumentParser:
     server, batch, follow, output, limits, as_json = (argparse.ArgumentParser(add_help=False) for _ in range(6))
     server.add_argument("--base-url", metavar="URL", help="the server; before SYNTHGEN_BASE_URL")
     server.add_argument("--config", metavar="FILE", help="JSON file with base_url, api_key, timeout")
-    batch.add_argument("batch", metavar="BATCH_ID")
+    batch.add_argument("batch", type=_batch_id, metavar="BATCH_ID")
     add = follow.add_argument
     add("--input-cost", type=_number, metavar="X", help="price of a million input tokens")
     add("--output-cost", type=_number, metavar="Y", help="price of a million output tokens")
@@ -517,8 +523,8 @@ def _parser() -> argparse.ArgumentParser:
     add = command(_run, about, f"run {example}", server, output, follow, limits)
     add("tasks", metavar="TASKS.jsonl", help=_TASKS_HELP)
     add("--local", action="store_true", help="start a server on this machine for this run, with these limits")
-    add("--db", metavar="FILE", help="its database; by default a file beside OUT, removed after the run")
-    add("--batch", metavar="ID", help="send nothing: come back to this batch of the same tasks")
+    add("--db", metavar="FILE", help="its database; by default a file beside OUT, removed when all have completed")
+    add("--batch", type=_batch_id, metavar="ID", help="send nothing: come back to this batch of the same tasks")
     add("--provider", metavar="URL", type=_url, help="what a relative url is appended to")
     add("--key-env", metavar="NAME", help="environment variable with the key for tasks that have none")
     add("--max-cost", type=_limit, metavar="X", help="with --local: what its database's batches may cost")
@@ -551,6 +557,12 @@ def _url(text: str) -> str:
     return text
 
 
+def _batch_id(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("an id can't be empty")
+    return text
+
+
 def _output_name(text: str) -> Optional[str]:
     return None if text == "-" else text
 
@@ -567,8 +579,8 @@ def _seconds(text: str) -> float:
 
 
 def _limit(text: str) -> float:
-    if not _number(text):
-        raise argparse.ArgumentTypeError("0 allows nothing")
+    if _number(text) < 1e-9:
+        raise argparse.ArgumentTypeError(f"{text} allows nothing")
     return float(text)
 
 

@@ -53,7 +53,10 @@ class TaskFile(TaskSource):
             fields["url"] = _join(self._provider, url)
         if fields.get("api_key") is None:
             fields["api_key"] = self._api_key
-        return Task.model_validate(fields)
+        task = Task.model_validate(fields)
+        if task.method not in ("POST", "PUT", "PATCH"):
+            raise ValueError(f"method must be POST, PUT or PATCH, not {task.method!r}")
+        return task
 
 
 class FailedTasks(TaskSource):
@@ -109,12 +112,13 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 def _join(provider: str, url: str) -> str:
     """The URL of a path at a provider, which may have been given with a part of the path, or all of it."""
-    base, path = provider.rstrip("/"), "/" + url.lstrip("/")
+    base, mark, query = provider.partition("?")
+    base, path = base.rstrip("/"), "/" + url.lstrip("/")
     if base.endswith(path):
-        return base
-    if base.endswith("/v1") and path.startswith("/v1/"):
+        path = ""
+    elif base.endswith("/v1") and path.startswith("/v1/"):
         base = base[: -len("/v1")]
-    return base + path
+    return base + path + mark + query
 
 
 def _reason(exc: Exception) -> str:

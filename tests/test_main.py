@@ -25,6 +25,8 @@ pytestmark = pytest.mark.slow
 
 COMMANDS = ["demo", "run", "serve", "watch", "export", "stats", "batches", "health", "delete"]
 CHAT = "/v1/chat/completions"
+#: A body that no line of ours refuses, but the server does.
+TOO_DEEP = json.loads('{"a":' * 300 + "1" + "}" * 300)
 
 #: What ends a command: Ctrl-C, whoever started it, and its terminal.
 ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -279,7 +281,7 @@ def test_a_run_that_lacks_results_says_how_to_get_them(options, losing, provider
         Path("out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in failed), encoding="ascii")
     assert main(argv) == 4
     hint = "to run what never arrived: the same again, with --force, without out.jsonl.checkpoint: "
-    assert hint + "the rest comes from the cache\n" in capsys.readouterr().err
+    assert hint + "the rest comes from the cache, but for tasks with use_cache false\n" in capsys.readouterr().err
 
     losing.loses = False
     assert main([*argv, "--force"]) == 4
@@ -314,6 +316,7 @@ def test_a_batch_that_lacks_results_is_not_come_back_to_for_them(losing, provide
         (b'{"url": "http://x", "body": {}, "temperature": 1}', "temperature"),
         (b'{"body": {}}', "url"),
         (b'{"url": "http://x"}', "body"),
+        (b'{"url": "http://x", "body": {}, "method": "GET"}', "method must be POST, PUT or PATCH, not 'GET'"),
         (b'{"url": "http://x", "body": {"a": NaN}}', "body"),
         (b'{"url": "/v1/chat/completions", "body": {}}', "--provider"),
         (b'{"url": "localhost:11434/v1", "body": {}}', "http://"),
@@ -410,12 +413,13 @@ def test_tasks_are_read_from_a_pipe(provider, capsys):
         ("/v1", "/chat/completions", "/v1/chat/completions"),
         ("/v1/chat/completions", "/v1/chat/completions", "/v1/chat/completions"),
         ("/api/v1/chat/completions/", "/v1/chat/completions", "/api/v1/chat/completions"),
+        ("/api?version=1", "/v1/chat/completions", "/api/v1/chat/completions?version=1"),
     ],
 )
 def test_an_openai_batch_file_is_run_at_the_provider(prefix, url, path, local, provider, monkeypatch):
     """Its relative url follows the provider's, and the key comes from the environment."""
     monkeypatch.setenv("PROVIDER_KEY", "sk-secret")
-    provider.answer("POST", path, {"choices": []})
+    provider.answer("POST", path.partition("?")[0], {"choices": []})
     tasks = write_tasks(provider, "one", method="POST", url=url)
 
     assert main(["run", tasks, "-o", "o", "--provider", provider.url + prefix, "--key-env", "PROVIDER_KEY"]) == 0
@@ -437,6 +441,15 @@ def test_a_key_variable_that_is_not_set_is_an_error(provider, capsys):
     """It is found out before anything is sent."""
     assert main(["run", write_tasks(provider, "one"), "--key-env", "NO_SUCH_KEY"]) == 2
     assert "NO_SUCH_KEY" in capsys.readouterr().err
+
+
+def test_a_key_that_fits_no_header_is_blamed_on_its_variable(provider, monkeypatch, capsys):
+    """Not on the first line that gets it; and it is not shown."""
+    monkeypatch.setenv("PROVIDER_KEY", "sk-secret\n")
+
+    assert main(["run", write_tasks(provider, "one"), "--key-env", "PROVIDER_KEY"]) == 2
+    error = capsys.readouterr().err
+    assert "--key-env PROVIDER_KEY: " in error and "secret" not in error
 
 
 # run: on this machine
@@ -557,22 +570,30 @@ def test_a_local_run_that_is_refused_leaves_what_was_there_before(provider):
 
 def test_a_local_run_that_is_refused_leaves_a_database_that_was_named(provider):
     """It is the user's, though this run has made it."""
-    tasks = write_tasks(provider, "one", method="GET")
+    tasks = write_tasks(provider, "one", body=TOO_DEEP)
 
     assert main(["run", tasks, "-o", "out.jsonl", "--local", "--db", "mine.db"]) == 2
 
     assert sorted(os.listdir()) == ["mine.db", "tasks.jsonl"]
 
 
-def test_a_local_run_that_is_refused_in_the_middle_keeps_what_was_taken(provider, stalled, monkeypatch):
+def test_a_local_run_that_is_refused_in_the_middle_keeps_what_was_taken(provider, stalled, monkeypatch, capsys):
     """The first upload may have been paid for."""
     monkeypatch.setattr("synthgen.__main__._CHUNK_SIZE", 1)
-    lines = [chat_line(provider, "one"), chat_line(provider, "two", method="GET")]
+    lines = [chat_line(provider, "one"), chat_line(provider, "two", body=TOO_DEEP)]
     Path("tasks.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
     assert main(["run", "tasks.jsonl", "-o", "out.jsonl", "--local"]) == 2
 
     assert sorted(os.listdir()) == ["out.jsonl.checkpoint", "out.jsonl.db", "tasks.jsonl"]
+    assert "to go on" not in capsys.readouterr().err  # with the same tasks it would be refused again
+
+
+def test_a_run_of_which_nothing_was_taken_leaves_no_checkpoint(local, provider):
+    """Tasks that were mended are no others then."""
+    assert main(["run", write_tasks(provider, "one", body=TOO_DEEP), "-o", "out.jsonl"]) == 2
+
+    assert os.listdir() == ["tasks.jsonl"]
 
 
 def test_a_batch_can_only_be_in_a_database_that_is_there(provider, capsys):
@@ -583,7 +604,9 @@ def test_a_batch_can_only_be_in_a_database_that_is_there(provider, capsys):
     assert os.listdir() == ["tasks.jsonl"]
 
 
-@pytest.mark.parametrize("options", [["--db", "x.db"], ["--local", "--base-url", "http://127.0.0.1:1"]])
+@pytest.mark.parametrize(
+    "options", [["--db", "x.db"], ["--local", "--base-url", "http://127.0.0.1:1"], ["--local", "--config", "x.json"]]
+)
 def test_options_that_contradict_each_other_are_refused(options, provider, capsys):
     """None of them is silently left out."""
     assert main(["run", write_tasks(provider, "one"), *options]) == 2
@@ -1231,6 +1254,16 @@ def test_limits_that_would_not_be_kept_are_refused(options, reason, provider, ca
     """A cap without prices, and limits for a server that is not started here."""
     assert main(["run", write_tasks(provider, "one"), *options]) == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, reason", [(["--rpm", "1e-300"], "1e-300 allows nothing"), (["--batch", ""], "an id can't be empty")]
+)
+def test_an_option_that_makes_no_sense_is_named(options, reason, provider, capsys):
+    """An empty id is what a variable that is not set gives."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", write_tasks(provider, "one"), "--local", *options])
+    assert f"argument {options[0]}: {reason}" in capsys.readouterr().err
 
 
 def test_a_price_that_was_left_out_of_a_cap_is_told(provider, capsys):
