@@ -182,12 +182,12 @@ class Task(BaseModel):
 
     @field_validator("body", "source")
     @classmethod
-    def _is_json(cls, value: Any) -> Any:
+    def _copied(cls, value: Any) -> Any:
+        """A copy: what the caller does with a template afterwards is for the next task."""
         try:
-            as_json(value)
+            return as_json(value)
         except (TypeError, ValueError) as exc:
             raise ValueError(f"can't be sent as JSON: {exc}") from None
-        return value
 
     @field_validator("url")
     @classmethod

@@ -163,6 +163,18 @@ def test_a_body_may_be_nested_deeper_than_pydantic_goes(depth):
     assert json.loads(task(body=body).to_line())["body"] == body
 
 
+def test_a_template_that_is_filled_in_anew_makes_other_tasks():
+    """All of a body is the task's own, however deep."""
+    template = {"model": "m", "messages": [{"role": "user", "content": None}]}
+    made = []
+    for question in ("one", "two"):
+        template["messages"][0]["content"] = question
+        made.append(Task(url="http://x", body=template, source=template))
+
+    assert [one.body["messages"][0]["content"] for one in made] == ["one", "two"]
+    assert [one.source["messages"][0]["content"] for one in made] == ["one", "two"]
+
+
 @pytest.mark.parametrize("name", ["custom_id", "url", "dataset", "source"])
 @pytest.mark.parametrize("value", [{1, 2}, b"bytes", datetime(2026, 1, 1), float("nan"), "\ud800"], ids=repr)
 def test_no_field_is_changed_to_what_json_cannot_say_unseen(name, value):
