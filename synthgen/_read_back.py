@@ -63,13 +63,13 @@ class ReadBack:
         total = self.settled_total(before)
         wanted = Counter(map(task_digest, chunk))
         there = self._count(wanted, total) if total else Counter()
-        if not there:
+        if not there and not (is_own and total - before >= len(chunk)):  # else it has grown, by what looks otherwise
             return chunk
         alike = None if before_tasks is None else Counter(d for d in map(task_digest, before_tasks) if d in wanted)
         there.subtract(alike or ())
         is_known = is_own and alike is not None and not alike  # nothing else in the batch is like this chunk
         others_may_be_alike = not is_own and max(wanted.values()) > 1
-        if not is_known and (others_may_be_alike or sum(there.values()) != total - before):
+        if not there or (not is_known and (others_may_be_alike or sum(there.values()) != total - before)):
             if is_own and alike is None and any(there[digest] > count for digest, count in wanted.items()):
                 # Earlier ones are alike, and can't be counted: the total has to tell.
                 if total in (before, before + len(chunk)):
@@ -77,7 +77,7 @@ class ReadBack:
             raise InvalidResponseError(
                 f"batch {self.batch_id!r} has {total:,} tasks, and had {before:,} before an upload of {len(chunk):,} "
                 "whose answer was lost; others in it are alike, or something else adds to it: which of them "
-                "are there can't be told"
+                f"are there can't be told{'; a list, which can be read once more, tells more' * (alike is None)}"
             )
         missing = []
         for task in chunk:

@@ -204,10 +204,29 @@ def test_where_content_and_total_contradict_each_other_the_upload_ends(server, c
 
     lose(server, server.play, take_one)
 
-    with pytest.raises(BatchUploadError, match="can't be told") as caught:
+    with pytest.raises(BatchUploadError, match="can't be told; a list, which can be read once more,") as caught:
         client.create_batch((one for one in given), 2)
 
     assert caught.value.uploaded == 2 and caught.value.unconfirmed == given[2:]
+
+
+def test_tasks_that_come_back_in_another_form_are_not_sent_again(server, client):
+    """The batch has grown by as many: they may be what a proxy, or a store, has made of these."""
+
+    def take_otherwise(request):
+        server.play(request)
+        for document in server._documents:
+            document["body"]["temperature"] = 1
+        server.refresh()
+        return DROP
+
+    lose(server, take_otherwise)
+    given = [Task(**{**dict(one), "body": {**one.body, "temperature": 1.0}}) for one in tasks(2)]
+
+    with pytest.raises(BatchUploadError, match="can't be told") as caught:
+        client.create_batch(given)
+
+    assert caught.value.unconfirmed == given and server.calls == {"0": 1, "1": 1}
 
 
 @pytest.mark.parametrize("is_alike", [True, False])
