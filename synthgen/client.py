@@ -487,6 +487,8 @@ class SynthgenClient:
     def _was_refused(self, exc: Exception) -> bool:
         """Whether an upload that ended like this was surely not taken."""
         status = isinstance(exc, APIError) and exc.status_code or 0
+        if isinstance(exc, APIError) and exc._in_doubt:
+            return False
         refused = 400 <= status < 500 or status in (307, 308)  # 303 says that it was taken, 301 and 302 say nothing
         may_repeat = self._idempotent_uploads
         if self._given_session is not None:  # its adapter may have a policy of its own
@@ -730,7 +732,11 @@ class SynthgenClient:
             if method == "DELETE" and response.status_code == 404 and lost:
                 response.close()
                 return None
-            check_status(response, what, self._api_key)
+            try:
+                check_status(response, what, self._api_key)
+            except APIError as exc:
+                exc._in_doubt = lost
+                raise
             try:
                 return read_json(response, what, self._api_key)
             except (ConnectionFailedError, InvalidResponseError) as exc:

@@ -130,6 +130,8 @@ class APIError(SynthgenError):
 
     status_code: Optional[int] = None
     response: Optional[ErrorResponse] = None
+    #: Whether an earlier try of the request may have been carried out.
+    _in_doubt = False
 
 
 class AuthenticationError(APIError):

@@ -385,7 +385,11 @@ def test_a_chunk_for_a_proxy_that_is_not_there_remains(server, client, monkeypat
     assert (error.unconfirmed, error.remaining) == ([], tasks(2))
 
 
-@pytest.mark.parametrize("answer", [*UNKNOWN.values(), Answer(None, 429)], ids=[*UNKNOWN, "429"])
+@pytest.mark.parametrize(
+    "answer",
+    [*UNKNOWN.values(), Answer(None, 429), Answer("<html>no such page", 404)],
+    ids=[*UNKNOWN, "429", "404 of a proxy"],
+)
 def test_where_earlier_tries_may_have_been_taken_the_chunk_is_unconfirmed(server, answer):
     """With uploads that are repeated, the last try alone does not tell."""
     server.answer("POST", "/api/v1/batches", Answer(None, 503), answer)
