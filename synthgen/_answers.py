@@ -30,7 +30,7 @@ _KINDS: Dict[int, Type[APIError]] = {401: AuthenticationError, 403: Authenticati
 _MAX_ERROR_TEXT = 64 * 1024
 #: A task's ``"api_key": "..."``, as it stands or quoted once more, in JSON, in HTML, or as Python shows it.
 _QUOTE = r"(?:\\*[\"']|\\+u0022|&(?:quot|#34|#39|#x27);)"
-_PROVIDER_KEY = re.compile(rf"(api_key{_QUOTE}: *{_QUOTE})[^\"'\\&]+")
+_PROVIDER_KEY = re.compile(rf"(api_key{_QUOTE} *: *({_QUOTE})).*?(?=\2|$)", re.DOTALL)
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -61,6 +61,8 @@ def check_status(response: requests.Response, what: str, api_key: Optional[str])
         retry_after = None if header is None else parse_retry_after(header)
         raise RateLimitError(message, status_code=status, response=error, retry_after=retry_after)
     kind = _KINDS.get(status, ServerError if status >= 500 else InvalidRequestError)
+    if status == 413 and what.startswith("POST"):
+        message += ". Uploads are too large for it: give a smaller chunk_size"
     if kind is AuthenticationError and not api_key:
         message += '. No API key was given: pass api_key=..., set SYNTHGEN_API_KEY, or put "api_key" into a config file'
     raise kind(message, status_code=status, response=error)
@@ -116,7 +118,8 @@ def no_answer(error: Exception, what: str, read_timeout: float) -> ConnectionFai
 
 def _error_response(response: requests.Response, body: bytes, api_key: Optional[str]) -> ErrorResponse:
     def hide_keys(text: str) -> str:  # an error page may repeat the request, and the tasks in it
-        text = text.replace(api_key, "[API key]") if api_key else text
+        for form in (api_key, api_key.replace("/", "\\/")) if api_key else ():
+            text = text.replace(form, "[API key]")
         return _PROVIDER_KEY.sub(r"\1[API key]", text)
 
     headers = {name: hide_keys(value) for name, value in response.headers.items()}

@@ -149,8 +149,10 @@ def test_no_error_and_no_log_shows_a_key(server, client, caplog, answer, call):
         lambda value: html.escape(json.dumps(value)),
         lambda value: html.escape(repr(value)),
         lambda value: json.dumps(value).replace('"', "&#34;"),
+        lambda value: json.dumps(value).replace(":", " :"),
+        lambda value: json.dumps({**value, "api_key": "sk-/'&" + PROVIDERS}).replace("/", "\\/"),
     ],
-    ids=["JSON", "Python", "JSON in JSON", "escaped", "HTML", "Python in HTML", "markupsafe"],
+    ids=["JSON", "Python", "JSON in JSON", "escaped", "HTML", "Python in HTML", "markupsafe", "spaced", "odd key"],
 )
 def test_an_error_that_repeats_a_task_shows_no_key_however_it_is_quoted(server, client, quoted):
     """Only its provider's key tells where that is: the client does not know which of many it may be."""

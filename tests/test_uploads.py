@@ -348,6 +348,13 @@ def test_a_chunk_that_was_refused_remains(server, client, answer):
     assert (error.unconfirmed, error.remaining) == ([], given[2:])
 
 
+def test_a_proxy_that_takes_no_such_uploads_is_told_with_what_helps(server, client):
+    """nginx's limit is 1 MB where nobody has set another."""
+    fail_after(server, 0, Answer("<html>413 Request Entity Too Large</html>", 413))
+
+    assert "give a smaller chunk_size" in str(caught_from(client, tasks(2)))
+
+
 def test_a_chunk_for_which_there_was_no_connection_remains(server, client):
     """It was never sent."""
     given = tasks(4)
