@@ -170,12 +170,15 @@ class Upload:
         """What is known of each task."""
         unconfirmed = self._unsent if self._in_doubt else []
         maybe = f", {len(unconfirmed):,} more may have been" if unconfirmed else ""
+        has_raised = not (self._unsent or self.checkpoint or isinstance(self.tasks, TaskSource))
+        lacking = ", which lacks what a generator that raised had still to give" * has_raised
         first = "First look whether the batch has those of error.unconfirmed, and send them if it has not. "
         return BatchUploadError(
             f"batch {self.batch_id!r}: {self._uploaded:,} tasks were uploaded{maybe}, "
             f"then: {str(exc) or type(exc).__name__}{self._why_unknown}. "
             + first * bool(maybe and not self.checkpoint)
-            + self._how_to_go_on("error.remaining", "error.batch_id"),
+            + self._how_to_go_on("error.remaining", "error.batch_id")
+            + lacking,
             status_code=exc.status_code if isinstance(exc, APIError) else None,
             response=exc.response if isinstance(exc, APIError) else None,
             batch_id=self.batch_id,

@@ -18,6 +18,7 @@ from typing import (
     AsyncIterator,
     BinaryIO,
     Callable,
+    ContextManager,
     Coroutine,
     Deque,
     Dict,
@@ -33,6 +34,7 @@ from typing import (
 
 import requests
 
+from ._checkpoint import Checkpoint
 from .client import SynthgenClient
 from .models import (
     Batch,
@@ -290,10 +292,9 @@ class AsyncSynthgenClient:
             call.cancel()
             if call.batch_id is None:
                 raise
-            raise asyncio.CancelledError(
-                f"batch {call.batch_id!r} goes on with what was uploaded; "
-                f"come back to it with monitor_batch(batch_id={call.batch_id!r})"
-            ) from exc
+            how = f"come back to it with monitor_batch(batch_id={call.batch_id!r})"
+            how = "the same call goes on with the rest, by its checkpoint" if call.has_checkpoint else how
+            raise asyncio.CancelledError(f"batch {call.batch_id!r} goes on with what was uploaded; {how}") from exc
 
     async def _run_short(self, function: Callable[["_Call"], _Result]) -> _Result:
         """The same for one request: so many at a time, without those that were cancelled and whose threads go on."""
@@ -362,6 +363,7 @@ class _Call(SynthgenClient):
     Attributes:
         loop: Where the call is awaited.
         batch_id: The batch that it began to upload.
+        has_checkpoint: Whether that is noted in one.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -369,6 +371,7 @@ class _Call(SynthgenClient):
     def __init__(self, client: SynthgenClient) -> None:
         self.__dict__.update(client.__dict__)  # in place of super().__init__, which would open connections of its own
         self.batch_id: Optional[str] = None
+        self.has_checkpoint = False
         self._cancelled = threading.Event()
         self._awaited: Optional[Future[Any]] = None
 
@@ -405,6 +408,10 @@ class _Call(SynthgenClient):
     def _sleep(self, seconds: float) -> None:
         self._cancelled.wait(seconds)
         self._check()
+
+    def _noting(self, path: Optional[_Path], *args: Any) -> ContextManager[Optional[Checkpoint]]:
+        self.has_checkpoint = path is not None
+        return super()._noting(path, *args)
 
     def _upload(self, batch_id: str, lines: bytes, key: str) -> str:
         self.batch_id = batch_id

@@ -391,8 +391,17 @@ def test_a_cancelled_upload_cancels_its_iterable(run, framework):
     assert framework.requests == []
 
 
-def test_ctrl_c_names_the_batch(run, framework):
+@pytest.mark.parametrize(
+    "options, how",
+    [
+        ({}, "come back to it with monitor_batch(batch_id="),
+        ({"checkpoint": "x.checkpoint"}, "the same call goes on with the rest, by its checkpoint"),
+    ],
+    ids=["alone", "checkpoint"],
+)
+def test_ctrl_c_names_the_batch(run, framework, options, how, tmp_path, monkeypatch):
     """What asyncio makes of Ctrl-C reaches the call as a cancellation, which says how to come back."""
+    monkeypatch.chdir(tmp_path)
     framework.runs = False
     messages = []
 
@@ -402,7 +411,7 @@ def test_ctrl_c_names_the_batch(run, framework):
             interrupt = asyncio.ensure_future(monitor.polled.wait())
             interrupt.add_done_callback(lambda _: signal.raise_signal(signal.SIGINT))
             try:
-                await client.monitor_batch(tasks(1), monitor=monitor)
+                await client.monitor_batch(tasks(1), monitor=monitor, **options)
             except asyncio.CancelledError as error:
                 messages.append(str(error))
                 raise
@@ -410,7 +419,7 @@ def test_ctrl_c_names_the_batch(run, framework):
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(main())
 
-    assert "come back to it with monitor_batch(batch_id=" in messages[0]
+    assert how in messages[0]
 
 
 # ------------------------------------------------------------------------------ closing

@@ -502,6 +502,7 @@ def test_an_error_of_the_callers_own_iterable_is_the_cause(server, client):
     error = caught_from(client, generate())
 
     assert isinstance(error.__cause__, LookupError) and "line 4 of my file" in error.message
+    assert error.message.endswith(", which lacks what a generator that raised had still to give")
     assert (error.uploaded, error.unconfirmed) == (2, [])
     assert [one.custom_id for one in error.remaining] == ["2"]
 
