@@ -616,9 +616,7 @@ class SynthgenClient:
         while True:
             known = len(seen)
             try:
-                # The adapter repeats the first request; from then on the repeats are counted here.
-                retries = 0 if repeats else self._retries
-                with closing(self._stream_export(path, task_status, retries, with_source)) as stream:
+                with closing(self._stream_export(path, task_status, with_source)) as stream:
                     for tasks, source in stream:
                         for task in tasks:
                             if task.message_id not in seen:
@@ -632,23 +630,25 @@ class SynthgenClient:
                     f"{self._name('GET', path)}: it ended after {len(seen):,} of {expected:,} tasks"
                 )
             except AWAY_ERRORS as exc:
-                is_final = isinstance(exc, (RateLimitError, ServerError)) and not repeats
+                is_refusal = isinstance(exc, (RateLimitError, ServerError)) and not repeats
+                if is_refusal and self._given_session is not None:
+                    raise  # to repeat it was for the caller's adapters, as for any other request
                 if len(seen) > known:
                     repeats = 0
-                if repeats >= self._retries or is_final:
+                if repeats >= self._retries:
                     raise
                 logger.debug("reading the export again: %s", exc)
                 repeats += 1
                 self._pause(repeats, exc)
 
     def _stream_export(
-        self, path: str, task_status: Optional[Union[TaskStatus, str]], retries: int, with_source: bool
+        self, path: str, task_status: Optional[Union[TaskStatus, str]], with_source: bool
     ) -> Generator[Tuple[Iterable[TaskResponse], bytes], None, None]:
         what = self._name("GET", path)
         params = None if task_status is None else {"task_status": str(task_status)}
         # A truncated gzip stream would end without an error.
         headers = {"Accept-Encoding": "identity"}
-        with self._send("GET", path, params=params, headers=headers, retries=retries) as response:
+        with self._send("GET", path, params=params, headers=headers, retries=0) as response:
             check_status(response, what, self._api_key)
             try:
                 for values, source in iter_tasks(response.iter_content(_READ_BYTES), one_by_one=with_source):

@@ -197,15 +197,15 @@ def test_what_json_takes_and_few_others_do_is_taken(server, client, tmp_path, te
     assert len((tmp_path / "out.jsonl").read_bytes().splitlines()) == 50
 
 
-def test_streams_that_never_begin_are_asked_for_a_bounded_number_of_times(server, client):
-    """The first with the retries of any request, then once for each repeat: together they don't multiply."""
+def test_streams_that_never_begin_are_asked_for_as_often_as_anything_else(server, client):
+    """There is no adapter that repeats them, too."""
     server.answer("GET", PATH, batch(4))
     server.answer("GET", EXPORT, DROP)
 
     with pytest.raises(ConnectionFailedError, match="GET .*/batches/b/tasks/export: "):
         list(client.iter_batch_tasks("b"))
 
-    assert exports(server) == (1 + RETRIES) + RETRIES
+    assert exports(server) == 1 + RETRIES
 
 
 def test_streams_that_bring_something_new_are_read_again_for_as_long_as_they_do(server, client):
