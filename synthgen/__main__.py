@@ -197,9 +197,10 @@ def _write_results(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks]
 def _run_batch(args: argparse.Namespace, tasks: Union[TaskFile, FailedTasks], file: BinaryIO) -> bool:
     checkpoint = None if args.batch else args.checkpoint
     made = [path for path in (args.database, args.checkpoint) if path != args.db and not os.path.exists(path)]
+    options = {"chunk_size": args.chunk_size, "checkpoint": checkpoint}
     try:
-        with _local_client(args, tasks) if args.local else _client(args) as client, _following(args, client) as options:
-            batch = client.run_batch(tasks, file, args.batch, chunk_size=_CHUNK_SIZE, checkpoint=checkpoint, **options)
+        with _local_client(args, tasks) if args.local else _client(args) as client, _following(args, client) as follow:
+            batch = client.run_batch(tasks, file, args.batch, **options, **follow)
     except BatchUploadError as exc:
         if not (exc.uploaded or exc.unconfirmed):  # there is nothing to go on with, and what is mended begins anew
             _remove(*made)
@@ -318,7 +319,7 @@ def _local_client(args: argparse.Namespace, tasks: Iterable[Task]) -> Iterator[S
             raise ConfigurationError(f"{database}: there is no such file, and batch {args.batch!r} would be in it")
     elif os.path.exists(args.checkpoint):
         # The server goes on with what it was told before: not if the tasks are others now.
-        new = os.path.realpath(database), str(uuid.uuid4()), _CHUNK_SIZE
+        new = os.path.realpath(database), str(uuid.uuid4()), args.chunk_size
         with closing(Checkpoint(args.checkpoint, *new, partial(_has_batch, database))) as checkpoint:
             checkpoint.check(tasks)
     elif has_database and not args.db:
@@ -528,6 +529,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--provider", metavar="URL", type=_url, help="what a relative url is appended to")
     add("--key-env", metavar="NAME", help="environment variable with the key for tasks that have none")
     add("--max-cost", type=_limit, metavar="X", help="with --local: what its database's batches may cost")
+    help = "the most tasks in one upload (default: %(default)s); fewer for a proxy that takes only small ones"
+    add("--chunk-size", type=_count, default=_CHUNK_SIZE, metavar="N", help=help)
     add("--retry-failed", action="store_true", help="run only what is FAILED in OUT.jsonl, in its place")
     add("--dry-run", action="store_true", help="send nothing: say what would be sent")
     about = "start a server on this machine; its key is SYNTHGEN_API_KEY, or made up"
@@ -572,6 +575,12 @@ def _number(text: str) -> float:
         if 0 <= float(text) < float("inf"):
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -388,6 +388,15 @@ def test_stdin_that_is_closed_is_told(capsys, monkeypatch):
     assert "stdin is closed" in capsys.readouterr().err
 
 
+def test_uploads_are_as_small_as_is_said(server, provider):
+    """For a proxy that takes no larger ones."""
+    server.answer("GET", "/health", {"status": "healthy"})
+    server.answer("POST", "/api/v1/batches", Answer("<html>413 Request Entity Too Large</html>", 413))
+
+    assert main(["run", write_tasks(provider, "one", "two"), "--chunk-size", "1", "--base-url", server.url]) == 2
+    assert len(server.requests[-1].lines) == 1
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
 def test_tasks_are_read_from_a_pipe(provider, capsys):
     """As a shell makes one of <(zcat tasks.jsonl.gz): it can be read only once, and nothing can be put beside it."""
@@ -1257,7 +1266,12 @@ def test_limits_that_would_not_be_kept_are_refused(options, reason, provider, ca
 
 
 @pytest.mark.parametrize(
-    "options, reason", [(["--rpm", "1e-300"], "1e-300 allows nothing"), (["--batch", ""], "an id can't be empty")]
+    "options, reason",
+    [
+        (["--rpm", "1e-300"], "1e-300 allows nothing"),
+        (["--batch", ""], "an id can't be empty"),
+        (["--chunk-size", "0"], "'0' is no whole number"),
+    ],
 )
 def test_an_option_that_makes_no_sense_is_named(options, reason, provider, capsys):
     """An empty id is what a variable that is not set gives."""
