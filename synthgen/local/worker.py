@@ -48,8 +48,8 @@ class _Task:
         self.failures, self.failed_at = 0, math.inf
         self.tries = 0
         self.result: Optional[Result] = None
-        #: Whether its call failed and will be made again; whether its result could not be stored yet.
-        self.is_repeating = self.is_unstored = False
+        #: Whether its call failed and will be made again.
+        self.is_repeating = False
         #: Whether identical tasks may have the result.
         self.is_usable = False
         #: Identical tasks that wait for the result. If they can't have it, two of them are called, for the others.
@@ -80,8 +80,8 @@ class Workers:
         self._waiting: List[Tuple[float, int, Callable[[], None]]] = []
         #: Why the last of the calls failed that will be made again.
         self._last_error = ""
-        #: Whether the last result could not be stored. Then no call is made: it would be paid for, and perhaps lost.
-        self._is_store_failing = False
+        #: The tasks whose results are not stored yet, though they may be paid for, and whether that has failed.
+        self._unstored: Dict[int, bool] = {}
         #: By cache key and account: the task whose answer the next identical one waits for.
         self._leaders: Dict[Tuple[bytes, Account], _Task] = {}
         self._providers = [Provider(policy) for _ in range(count)]
@@ -104,6 +104,10 @@ class Workers:
         deadline = time.monotonic() + _JOIN_SECONDS
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0))
+        with self._changed:
+            for task in [task for task in self._out.values() if self._unstored.get(task.id)]:
+                if task.result is not None:
+                    self._end(task, task.result)  # perhaps there is room by now
 
     def added(self, first_task: int) -> None:
         """Tasks were added to a batch; the first of them is this row id."""
@@ -148,7 +152,7 @@ class Workers:
             if waiting:
                 troubles.append(f"the budget of {cap:g} is used up, {spent:.6g} were spent")
             budget = None if cap is None else {"spent": spent, "cap": cap, "waiting": waiting}
-            unstored = sum(task.is_unstored for task in self._out.values())
+            unstored = sum(self._unstored.values())
             return unstored, "; ".join(filter(None, troubles)) or None, budget
 
     # The threads.
@@ -171,19 +175,18 @@ class Workers:
     def _stored(self, task: _Task, result: Result, error: Optional[BaseException]) -> None:
         """In the store's thread: the result is in the database, or could not be written."""
         with self._changed:
-            self._is_store_failing = error is not None
             if error is None:
                 self._let_go(task)
             else:
                 logger.error("can't store a result, trying again: %s", error)
-                task.is_unstored = True
+                self._unstored[task.id] = True
                 self._postpone(task, _AGAIN, lambda: self._end(task, result))
             self._changed.notify()
 
     def _take(self, ended: Optional[Tuple[_Task, Outcome]] = None) -> Optional[_Task]:
         """The next task to call, after what has become of the last one; None when closing, which breaks calls off."""
         with self._changed:
-            if ended is not None and not self._is_closing:
+            if ended is not None and (not self._is_closing or ended[1].result is not None):
                 self._learn(*ended)
             while not self._is_closing:
                 moment = time.monotonic()
@@ -206,7 +209,9 @@ class Workers:
     def _next(self, moment: float) -> Tuple[Optional[_Task], float]:
         """A task that may be called now, or how long until there may be one."""
         delays = [threading.TIMEOUT_MAX, *(due - moment for due, _, _ in self._waiting[:1])]
-        for account in [] if self._is_store_failing else list(self._queued):
+        # Those would be paid for, and perhaps lost.
+        is_behind = len(self._unstored) >= self.count or any(self._unstored.values())
+        for account in [] if is_behind else list(self._queued):
             for task in iter(account.waiting.first, None):
                 delay = account.delay(task.estimate, moment) if task.id in self._out else 0.0
                 if delay > 0:
@@ -261,6 +266,7 @@ class Workers:
                 return
             error = f"{error} (tried {task.failures} times)"
         task.is_usable = outcome.is_usable
+        self._unstored[task.id] = False
         self._end(task, (outcome.result or _failure(error))._replace(duration=outcome.duration))
 
     def _repeat(self, task: _Task, outcome: Outcome) -> None:
@@ -323,6 +329,7 @@ class Workers:
 
     def _let_go(self, task: _Task) -> None:
         """A task has ended, or was deleted: whoever waits for its answer goes on."""
+        self._unstored.pop(task.id, None)
         if self._out.pop(task.id, None) is None:
             return
         self._out_per_batch[batch_number(task.id)] -= 1

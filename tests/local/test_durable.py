@@ -23,7 +23,9 @@ from synthgen.exceptions import ConfigurationError
 from synthgen.local import LocalServer
 from synthgen.local import database as database_module
 from synthgen.local.database import Database
+from synthgen.local.provider import Provider
 from synthgen.local.store import Result, Store
+from synthgen.local.worker import Workers
 
 pytestmark = pytest.mark.slow
 
@@ -153,7 +155,7 @@ def test_the_cache_and_the_message_ids_survive_a_restart(serve, task, database):
     assert second.run(task("same"))[0]["cached"]
 
 
-def test_closing_leaves_no_thread_and_no_file_but_the_database(serve, model, task, database):
+def test_may_go_onleaves_no_thread_and_no_file_but_the_database(serve, model, task, database):
     """Even in the middle of a call, and with clients connected."""
     threads = set(threading.enumerate())
     model.answers(Answer(hold=threading.Event()))
@@ -427,6 +429,78 @@ def test_no_call_is_made_while_results_can_not_be_stored(api, model, task):
 
     assert made < 200
     assert batch["completed_tasks"] == len(model.requests) == 200
+
+
+def test_one_result_that_finds_room_lets_no_call_be_made_while_others_find_none(api, model, task):
+    """Those that wait for room would be made again, should the server end before."""
+    hold = threading.Event()
+    large, small = Answer({"choices": ["x" * 100_000]}, hold=hold), Answer({"choices": []}, hold=hold)
+    model.answers(*[large, small] * 10, small)
+    batch_id = api.submit(*[task(str(number)) for number in range(100)])
+    model.wait_for_requests(16)
+    set_pragma(api, "max_page_count = 1")
+    hold.set()
+    wait_until_unhealthy(api)
+    threading.Event().wait(0.5)  # in which all the others could be called
+    made = len(model.requests)
+    set_pragma(api, "max_page_count = 1000000")
+    batch = api.wait(batch_id)
+
+    assert made <= 2 * 16
+    assert batch["completed_tasks"] == len(model.requests) == 100
+
+
+def test_no_more_answers_than_there_are_workers_wait_to_be_stored(serve, model, task):
+    """On a slow disk those of many calls would be lost with the process."""
+    api, hold, disk = serve(workers=2), threading.Event(), threading.Event()
+    model.answers(Answer({"choices": []}, hold=hold))
+    batch_id = api.submit(*[task(str(number)) for number in range(20)])
+    model.wait_for_requests(2)
+    api.server._store._database.write(lambda connection: disk.wait(DEADLINE))
+    hold.set()
+    threading.Event().wait(0.5)  # in which all the others could be called
+    made = len(model.requests)
+    disk.set()
+
+    assert made <= 4  # two that wait, and two that ran meanwhile
+    assert api.wait(batch_id)["completed_tasks"] == len(model.requests) == 20
+
+
+def test_what_found_no_room_is_stored_when_there_is_some_at_the_end(serve, model, task, database):
+    """It was paid for."""
+    api, hold = serve(database=database), threading.Event()
+    model.answers(Answer({"choices": ["x" * 100_000]}, hold=hold))
+    batch_id = api.submit(task())
+    model.wait_for_requests(1)
+    set_pragma(api, "max_page_count = 1")
+    hold.set()
+    wait_until_unhealthy(api)
+    set_pragma(api, "max_page_count = 1000000")
+    api.close()
+
+    assert serve(database=database).batch(batch_id)["completed_tasks"] == len(model.requests) == 1
+
+
+def test_an_answer_that_is_whole_when_the_server_closes_is_stored(serve, model, task, database, monkeypatch):
+    """Its worker has only not come to tell it."""
+    arrived, may_go_on = threading.Event(), threading.Event()
+    take = Workers._take
+
+    def take_late(self, ended=None):
+        if ended is not None:
+            arrived.set()
+            may_go_on.wait(DEADLINE)
+        return take(self, ended)
+
+    monkeypatch.setattr(Workers, "_take", take_late)
+    interrupt = Provider.interrupt
+    monkeypatch.setattr(Provider, "interrupt", lambda self: (interrupt(self), may_go_on.set()))
+    api = serve(database=database, workers=1)
+    batch_id = api.submit(task())
+    assert arrived.wait(DEADLINE)
+    api.close()
+
+    assert serve(database=database).wait(batch_id)["completed_tasks"] == len(model.requests) == 1
 
 
 def test_a_read_only_database_is_a_clear_500(api, task):
