@@ -69,6 +69,8 @@ class Workers:
         self._is_closing = False
         #: Batches with tasks still to be read, each with the row id that was read last; the next one to read first.
         self._unread = dict.fromkeys(store.unfinished_batches(), 0)
+        #: Whether tasks were added since tasks were last read.
+        self._has_news = False
         #: The tasks that are out of the database, by row id, and how many of each batch are.
         self._out: Dict[int, _Task] = {}
         self._out_per_batch: Counter[int] = Counter()
@@ -114,6 +116,7 @@ class Workers:
         with self._changed:
             batch, before = batch_number(first_task), first_task - 1
             self._unread[batch] = min(self._unread.get(batch, before), before)  # uploads may tell in any order
+            self._has_news = True
             for account in self._accounts.values():
                 account.reopen()
             self._changed.notify()
@@ -192,10 +195,12 @@ class Workers:
                 moment = time.monotonic()
                 while self._waiting and self._waiting[0][0] <= moment:
                     heapq.heappop(self._waiting)[2]()
-                task, delay = self._next(moment)
+                # What is new is read first, or a small batch would wait for all that is to be called already.
+                task, delay = (None, 0.0) if self._has_news else self._next(moment)
                 if task is not None:
                     self._changed.notify()  # one thread wakes the next, while there is something to do
                     return task
+                self._has_news = False
                 try:
                     pause = 0.0 if self._read() else delay
                 except sqlite3.Error as exc:
@@ -219,6 +224,8 @@ class Workers:
                     break
                 account.waiting.pop()
                 if task.id in self._out and self._start(task, moment):
+                    del self._queued[account]
+                    self._queued[account] = None  # behind the others
                     return task, 0.0
             else:
                 del self._queued[account]  # nothing waits for it any more
