@@ -262,6 +262,7 @@ class Account:
     def _refuse(self, call: Call, retry_after: float, now: float) -> None:
         self._failed = self.rounds = 0
         self._requests.correct(call.request, 0)
+        self._tokens.correct(call.tokens, 0)
         if call.started_at <= self._refused_at:
             if self._per_minute < math.inf:
                 self._count_minute()

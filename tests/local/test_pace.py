@@ -482,6 +482,14 @@ def test_health_says_that_tasks_wait_for_a_provider_that_was_given_up(pace, task
     assert "no call before 20" in api.get("/health")["error"]
 
 
+def test_a_call_that_was_refused_takes_no_tokens():
+    """Others have them."""
+    paced, now = account(tpm=1000), 1000.0
+    paced.ended(paced.start(Estimate(0, 600), 0.0, now), Outcome(Kind.REFUSED, retry_after=1.0), now)
+
+    assert paced.delay(Estimate(0, 600), now + 1) == 0.0
+
+
 def test_trouble_lasts_until_calls_may_start():
     """Though one that started since the first refusal was answered; and it says when a call tries again."""
     paced, now = account(), 1000.0
