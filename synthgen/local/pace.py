@@ -7,7 +7,7 @@ what becomes of each call, under the workers' lock. Times are in seconds, by ``t
 import math
 import time
 from collections import OrderedDict, deque
-from typing import Any, Deque, List, NamedTuple, Optional
+from typing import Any, Deque, List, NamedTuple, Optional, Tuple
 
 from .._estimates import output_limit, prompt_characters, to_tokens
 from .provider import CallPolicy, Kind, Outcome, Told
@@ -364,14 +364,23 @@ class Budget:
         self.running.append(cost)
         return cost
 
-    def ended(self, cost: float, outcome: Outcome) -> None:
-        """A call has ended, for which so much was put aside; one that does not tell its tokens cost that."""
+    def ended(self, cost: float, estimate: Estimate, outcome: Outcome) -> Tuple[int, int]:
+        """A call has ended, for which so much was put aside; one that does not tell its tokens cost that.
+
+        Returns:
+            The prompt and the output tokens that it then counts for, where there is a cap; else 0.
+        """
         self.running.remove(cost)
         result = outcome.result
-        if result is not None:
-            self._largest_output = max(self._largest_output, result.completion_tokens)
-            used = self._limits.cost(result.prompt_tokens, result.completion_tokens)
-            self.spent += used if result.total_tokens else cost
+        if result is None:
+            return 0, 0
+        self._largest_output = max(self._largest_output, result.completion_tokens)
+        if result.total_tokens:
+            self.spent += self._limits.cost(result.prompt_tokens, result.completion_tokens)
+            return 0, 0
+        self.spent += cost
+        prompt, limit = estimate
+        return (0, 0) if self.cap is None else (prompt, self._largest_output if limit is None else limit)
 
 
 def _clock(moment: float) -> str:

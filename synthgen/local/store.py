@@ -109,7 +109,7 @@ END;
 CREATE TABLE settings (id_prefix TEXT NOT NULL);
 INSERT INTO settings VALUES (LOWER(HEX(RANDOMBLOB(8))));
 """
-#: What was paid for and is deleted; files of version 1.0.0 have no such table.
+#: What was paid for and is in no task (any more); files of version 1.0.0 have no such table.
 _DELETED = "CREATE TABLE IF NOT EXISTS deleted (prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)"
 
 
@@ -185,9 +185,18 @@ class Store:
         return self._database.write(operation)
 
     def finish(
-        self, task_id: int, result: Result, started_at: int, completed_at: int, cache_key: Optional[bytes]
+        self,
+        task_id: int,
+        result: Result,
+        started_at: int,
+        completed_at: int,
+        cache_key: Optional[bytes],
+        untold: Tuple[int, int] = (0, 0),
     ) -> "Future[None]":
-        """Store how a task ended, and forget its provider key; nothing happens to a task deleted meanwhile."""
+        """Store how a task ended, and forget its provider key; of one deleted meanwhile, only what it cost.
+
+        That is `untold`, in tokens of the prompt and the output, for an answer that does not tell its own.
+        """
 
         def operation(connection: sqlite3.Connection) -> None:
             status = "COMPLETED" if result.completed else "FAILED"
@@ -196,7 +205,12 @@ class Store:
                     duration = ?, prompt_tokens = ?, completion_tokens = ?, total_tokens = ?, cached = ?
                 WHERE id = ? AND status = 'PENDING'
             """
-            connection.execute(query, (status, started_at, completed_at, cache_key, *result[1:], task_id))
+            values = (status, started_at, completed_at, cache_key, *result[1:], task_id)
+            is_there = connection.execute(query, values).rowcount
+            told = (0, 0) if is_there or result.cached else (result.prompt_tokens, result.completion_tokens)
+            cost = max(told, untold)
+            if any(cost):
+                connection.execute("INSERT INTO deleted VALUES (?, ?)", cost)
             query = "SELECT 1 FROM batches WHERE number = ? AND total > completed + failed + cached"
             if not connection.execute(query, (batch_number(task_id),)).fetchone():
                 self._database.wipe()  # the batch has ended: its provider keys

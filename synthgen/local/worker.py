@@ -47,6 +47,8 @@ class _Task:
         #: How many of its calls failed, and the first of them when; how many it has used up.
         self.failures, self.failed_at = 0, math.inf
         self.tries = 0
+        #: The tokens, of the prompt and the output, that its call counts for although the answer tells none.
+        self.untold = 0, 0
         self.result: Optional[Result] = None
         #: Whether its call failed and will be made again.
         self.is_repeating = False
@@ -172,7 +174,7 @@ class Workers:
         task.result = result
         key = task.key if task.is_usable else None  # not of what the cache gave
         moment = now()
-        stored = self._store.finish(task.id, result, task.started_at or moment, moment, key)
+        stored = self._store.finish(task.id, result, task.started_at or moment, moment, key, task.untold)
         stored.add_done_callback(lambda stored: self._stored(task, result, stored.exception()))
 
     def _stored(self, task: _Task, result: Result, error: Optional[BaseException]) -> None:
@@ -256,7 +258,7 @@ class Workers:
         """What a call has come to: the task's result, or another try."""
         account = task.account
         account.ended(task.call, outcome, time.monotonic())
-        self._budget.ended(task.call.cost, outcome)
+        task.untold = self._budget.ended(task.call.cost, task.estimate, outcome)
         while self._unaffordable:
             self._queue(self._unaffordable.popleft())
         error = outcome.error

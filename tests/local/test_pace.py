@@ -710,6 +710,39 @@ def test_what_was_deleted_was_spent(serve, model, task, tmp_path):
     assert serve(**settings).get("/health")["budget"]["spent"] == 7.0
 
 
+def test_what_was_deleted_while_it_was_called_was_spent(serve, model, task, tmp_path):
+    """Its call was not broken off."""
+    settings, hold = {"database": tmp_path / "tasks.db", "max_cost": 10.0, "output_cost": 1000.0}, threading.Event()
+    api = serve(**settings)
+    priced(model, 1000, hold)
+    batch_id = api.submit(*[limited(task, str(number)) for number in range(4)])
+    model.wait_for_requests(4)
+    api.ask("DELETE", f"/api/v1/batches/{batch_id}")
+    hold.set()
+    api.run(limited(task, "last"))
+    api.close()
+
+    assert serve(**settings).get("/health")["budget"]["spent"] == 5.0
+
+
+@pytest.mark.parametrize("limit, spent", [(500, 2.0), (None, 4.0)])
+def test_an_answer_that_does_not_tell_its_tokens_counts_for_the_most_it_may_have(
+    serve, model, task, tmp_path, limit, spent
+):
+    """After a restart, too."""
+    settings = {"database": tmp_path / "tasks.db", "max_cost": spent, "output_cost": 1000.0}
+    model.answers({"choices": []})
+    api = serve(**settings)
+    batch_id = api.submit(*[limited(task, str(number), limit) for number in range(6)])
+    stuck(api, batch_id, 2)
+    api.close()
+    api = serve(**settings)
+    stuck(api, batch_id, 2)
+
+    assert api.get("/health")["budget"]["spent"] == spent
+    assert len(model.requests) == 4
+
+
 def test_the_client_says_that_the_money_is_used_up(model, monkeypatch):
     """With what was spent, the cap, and how many tasks wait."""
     monkeypatch.setattr("synthgen._waiting._ASK_AFTER", 0.05)
