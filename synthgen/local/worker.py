@@ -172,7 +172,7 @@ class Workers:
     def _end(self, task: _Task, result: Result) -> None:
         """Store how a task ended."""
         task.result = result
-        key = task.key if task.is_usable else None  # not of what the cache gave
+        key = task.key if task.is_usable or result.cached else None
         moment = now()
         stored = self._store.finish(task.id, result, task.started_at or moment, moment, key, task.untold)
         stored.add_done_callback(lambda stored: self._stored(task, result, stored.exception()))

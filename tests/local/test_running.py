@@ -163,6 +163,17 @@ def test_when_the_one_that_was_called_fails_two_others_are_called(api, model, ta
     assert (batch["failed_tasks"], batch["completed_tasks"], batch["cached_tasks"]) == (1, 2, 47)
 
 
+def test_an_answer_is_in_the_cache_as_long_as_a_task_has_it(api, model, task):
+    """Though the one that was called is deleted."""
+    first = api.submit(task("same"))
+    api.wait(first)
+    api.run(task("same"))
+    api.ask("DELETE", f"/api/v1/batches/{first}")
+    (again,) = api.run(task("same"))
+
+    assert again["cached"] and len(model.requests) == 1
+
+
 def test_when_the_one_that_is_called_is_deleted_one_of_the_others_is(serve, model, task, monkeypatch):
     """Also if the database can't be read just then: the others still wait for that one."""
     hold = threading.Event()
