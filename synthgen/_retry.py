@@ -5,11 +5,11 @@ import random
 import ssl
 import time
 from contextvars import ContextVar
+from email.utils import mktime_tz, parsedate_tz
 from typing import Any, Callable, Iterator, Optional
 
 from urllib3.exceptions import (
     ConnectTimeoutError,
-    InvalidHeader,
     MaxRetryError,
     ProxyError,
     ReadTimeoutError,
@@ -54,15 +54,8 @@ class RetryPolicy(Retry):
             pausing.get()(seconds)
 
     def parse_retry_after(self, retry_after: str) -> float:
-        """Seconds to wait, from a number or a date (RFC 9110, 10.2.3); 0 for anything else, on which urllib3 raises."""
-        try:
-            seconds = float(retry_after)
-        except ValueError:
-            try:
-                seconds = super().parse_retry_after(retry_after)
-            except (InvalidHeader, ValueError, OverflowError, IndexError):
-                return 0.0
-        return 0.0 if math.isnan(seconds) else max(seconds, 0.0)
+        """0 for what is none, on which urllib3 raises."""
+        return parse_retry_after(retry_after)
 
     def get_backoff_time(self) -> float:
         """With jitter; urllib3 1.26 has none."""
@@ -96,8 +89,23 @@ def backoff_time(factor: float, repeats: int) -> float:
     return min(factor * 2.0**doublings, _LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
 
 
-#: What a Retry-After header asks for, in seconds; see `RetryPolicy`.
-parse_retry_after = RetryPolicy().parse_retry_after
+def parse_retry_after(text: str) -> float:
+    """What a Retry-After header asks for, in seconds: a number, or a date (RFC 9110, 10.2.3); 0 for anything else."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        date = parse_date(text)
+        seconds = 0.0 if date is None else date - time.time()
+    return 0.0 if math.isnan(seconds) else max(seconds, 0.0)
+
+
+def parse_date(text: str) -> Optional[float]:
+    """An HTTP date, in seconds since 1970; None for anything else."""
+    try:
+        date = parsedate_tz(text)
+        return None if date is None else mktime_tz(date)
+    except (ValueError, OverflowError, LookupError, UnboundLocalError):  # the last two on Python 3.8
+        return None
 
 
 def never_sent(error: Optional[BaseException]) -> bool:

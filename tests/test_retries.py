@@ -303,9 +303,10 @@ def test_any_retry_after_is_a_number_of_seconds(text):
     assert parse_retry_after(text) >= 0
 
 
-def test_a_retry_after_that_an_old_python_cant_read_is_none():
-    """Its ``email.utils`` raises IndexError."""
-    assert parse_retry_after("-Apr-3 a b") == 0
+@pytest.mark.parametrize("text", ["-Apr-3 a b", "Mon, 01 Jan 2020 1.2.3.4 GMT"])
+def test_a_retry_after_that_an_old_python_cant_read_is_none(text):
+    """Its ``email.utils`` raises IndexError, or UnboundLocalError."""
+    assert parse_retry_after(text) == 0
 
 
 # ---------------------------------------------------------------------------------------------- TLS

@@ -13,7 +13,6 @@ import threading
 import time
 import weakref
 from calendar import timegm
-from email.utils import formatdate, mktime_tz, parsedate_tz
 from enum import Enum
 from functools import lru_cache
 from http.client import responses
@@ -27,7 +26,7 @@ from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from .._completions import at, is_usable, usage
-from .._retry import innermost, never_sent, parse_retry_after
+from .._retry import innermost, never_sent, parse_date, parse_retry_after
 from .store import Result
 
 _MAX_ANSWER_BYTES = 64 << 20
@@ -294,16 +293,14 @@ def _seconds(text: str, date: Optional[str]) -> float:
         if not _DURATIONS.fullmatch(text):
             raise ValueError(text)
         return sum(float(count) * _UNITS[unit] for count, unit in _DURATION.findall(text))
-    now = None
-    with contextlib.suppress(LookupError, UnboundLocalError):  # Python 3.8, for some that are no date
-        now = parsedate_tz(date or formatdate())
+    now = parse_date(date) if date else time.time()
     if now is None:
         raise ValueError(date)
     if is_epoch:
         reset_at = int(text) / (1000 if int(text) > 1e12 else 1)
     else:
         reset_at = timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
-    full_in = reset_at - mktime_tz(now)
+    full_in = reset_at - now
     if full_in > _LONGEST_RESET:
         raise ValueError(text)
     return full_in
