@@ -106,7 +106,7 @@ class Provider:
 
     def __init__(self, policy: CallPolicy) -> None:
         self._policy = policy
-        self._session = requests.Session()
+        self._session = _Session()
         self._session.headers["Content-Type"] = "application/json"
         self._environment = lru_cache(maxsize=64)(self._read_environment)
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
@@ -148,6 +148,13 @@ class Provider:
         host = urlsplit(url).hostname or ""
         proxies = {"no_proxy": host} if _is_loopback(host) else {}
         return self._session.merge_environment_settings(url, proxies, stream=True, verify=None, cert=None)
+
+
+class _Session(requests.Session):
+    """Knows of no redirects: else requests reads the whole body of one, without a limit, to prepare the next call."""
+
+    def get_redirect_target(self, resp: requests.Response) -> Optional[str]:
+        return None
 
 
 class _Adapter(HTTPAdapter):

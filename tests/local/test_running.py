@@ -320,13 +320,24 @@ def test_a_failure_that_would_come_again_is_final(api, model, task, answer, erro
     assert (result["status"], result["completions"]) == ("FAILED", {"error": error})
 
 
-def test_a_redirect_is_not_followed(api, model, task):
-    """The key goes to nobody else."""
-    model.answers(Answer({}, 307, {"Location": "/elsewhere"}))
+@pytest.mark.parametrize("location", ["/elsewhere", "http://[elsewhere/", "http://elsewhere:port/"])
+def test_a_redirect_is_not_followed(api, model, task, location):
+    """The key goes to nobody else; the error says where it would have gone, whether that is a URL or not."""
+    model.answers(Answer({}, 307, {"Location": location}))
     (result,) = api.run(task())
 
     assert len(model.requests) == 1
-    assert "/elsewhere" in result["completions"]["error"]
+    assert f"to {location}: not followed" in result["completions"]["error"]
+
+
+@pytest.mark.parametrize("status", [200, 307, 500])
+def test_of_an_answer_no_more_is_read_than_fits(api, model, task, monkeypatch, status):
+    """Whatever its status; it may be endless."""
+    monkeypatch.setattr("synthgen.local.provider._MAX_ANSWER_BYTES", 1 << 20)
+    model.answers(Answer(None, status, {"Location": "/elsewhere"}, chunks=[bytes(2 << 20), threading.Event()]))
+    (result,) = api.run(task())
+
+    assert "the answer is larger than 1 MiB" in result["completions"]["error"]
 
 
 @pytest.mark.parametrize("url", ["no scheme", "ftp://host/", "http://", "http://[", "http://.example/"])
