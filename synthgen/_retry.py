@@ -89,13 +89,16 @@ def backoff_time(factor: float, repeats: int) -> float:
     return min(factor * 2.0**doublings, _LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
 
 
-def parse_retry_after(text: str) -> float:
-    """What a Retry-After header asks for, in seconds: a number, or a date (RFC 9110, 10.2.3); 0 for anything else."""
+def parse_retry_after(text: str, now: Optional[float] = None) -> float:
+    """What a Retry-After header asks for, in seconds: a number, or a date (RFC 9110, 10.2.3); 0 for anything else.
+
+    ``now`` is the time by the clock of whoever sent it, if that is known.
+    """
     try:
         seconds = float(text)
     except ValueError:
         date = parse_date(text)
-        seconds = 0.0 if date is None else date - time.time()
+        seconds = 0.0 if date is None else date - (time.time() if now is None else now)
     return 0.0 if math.isnan(seconds) else max(seconds, 0.0)
 
 

@@ -248,7 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, answer: Answer) -> None:
         body = b"" if answer.status == 204 else answer.body
-        send = self.send_response_only if "Date" in answer.headers else self.send_response  # which sends its own
+        send = self.send_response_only if "date" in answer.headers else self.send_response  # which sends its own
         send(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)

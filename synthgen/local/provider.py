@@ -270,7 +270,8 @@ def _answer(response: requests.Response, deadline: float, api_key: Optional[str]
 def _error(status: int, error: str, headers: Mapping[str, str]) -> Outcome:
     """What an error of this status means."""
     milliseconds = parse_retry_after(headers.get("retry-after-ms", "0"))
-    retry_after = milliseconds / 1000 or parse_retry_after(headers.get("Retry-After", "0"))
+    asked, now = headers.get("Retry-After", "0"), parse_date(headers.get("Date", ""))
+    retry_after = milliseconds / 1000 or parse_retry_after(asked, now)
     if status in (401, 402, 403) or (status in (400, 429) and _NO_ACCOUNT.search(error)):
         kind = Kind.DENIED
     elif status == 429 or (status in (503, 529) and retry_after):

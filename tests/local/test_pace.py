@@ -18,7 +18,7 @@ from synthgen._estimates import output_limit
 from synthgen.exceptions import ConfigurationError
 from synthgen.local import LocalServer
 from synthgen.local.pace import Account, Estimate, Limits
-from synthgen.local.provider import CallPolicy, Kind, Outcome, Told, _seconds
+from synthgen.local.provider import CallPolicy, Kind, Outcome, Provider, Told, _seconds
 from synthgen.local.store import Result
 
 GOOD = {
@@ -89,6 +89,17 @@ def test_no_call_of_an_account_starts_before_its_provider_said(pace, model, task
     error = api.get("/health")["error"]
     assert "refuses calls since" in error and "no call before" in error
     assert error.startswith("127.0.0.1:") and "Bearer" not in error and "slow" not in error
+
+
+def test_a_date_to_wait_for_is_by_the_providers_clock(model):
+    """The clock here may be wrong; where the provider tells no time it has to do."""
+    dates = {"Date": "Wed, 01 Jan 2020 00:00:00 GMT", "Retry-After": "Wed, 01 Jan 2020 00:00:30 GMT"}
+    model.answers(Answer({}, 429, dates), Answer({}, 429, {**dates, "Date": "today"}))
+    provider = Provider(CallPolicy())
+    asked = [provider.call("POST", model.url, None, "{}").retry_after for _ in range(2)]
+    provider.close()
+
+    assert asked == [30, 0]
 
 
 @pytest.mark.parametrize("status", [429, 503, 529])
