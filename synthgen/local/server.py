@@ -74,10 +74,10 @@ class LocalServer:
         if api_key is not None and not (api_key and is_header_value(api_key)):
             raise ConfigurationError("api_key can't be sent in a header: it is empty, or has a line break or spaces")
         for name, limit in (("rpm", rpm), ("tpm", tpm), ("max_cost", max_cost)):
-            if limit is not None and not limit > 0:
+            if limit is not None and not _as_float(limit) > 0:
                 raise ConfigurationError(f"{name} must be more than 0, not {limit}")
         for name, price in (("input_cost", input_cost), ("output_cost", output_cost)):
-            if not 0 <= price < math.inf:
+            if not 0 <= _as_float(price) < math.inf:
                 raise ConfigurationError(f"{name} must be a price from 0 on, not {price}")
         if max_cost is not None and not (input_cost or output_cost):
             raise ConfigurationError("max_cost is nothing without prices: give input_cost and output_cost, too")
@@ -85,7 +85,8 @@ class LocalServer:
         self._database = database
         self._address = (host, port)
         self._workers = workers
-        self._limits = Limits(rpm, tpm, max_cost, input_cost, output_cost)
+        rpm, tpm, max_cost = (None if limit is None else float(limit) for limit in (rpm, tpm, max_cost))
+        self._limits = Limits(rpm, tpm, max_cost, float(input_cost), float(output_cost))
         self._opened = ExitStack()
         self._url: Optional[str] = None
 
@@ -137,3 +138,11 @@ class LocalServer:
         client._trust_env = False  # HTTP_PROXY means other hosts
         client._server_name = self._file  # the next start has another port
         return client
+
+
+def _as_float(value: Any) -> float:
+    """A number of any kind, a Decimal say, which does not go with floats; NaN for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan

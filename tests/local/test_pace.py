@@ -8,6 +8,8 @@ import re
 import threading
 import time
 from collections import deque
+from decimal import Decimal
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -792,6 +794,16 @@ def test_a_task_that_was_called_before_may_wait_for_money(model, monkeypatch):
     assert "the budget of 4.5 is used up" in health.error
 
 
+def test_limits_and_prices_may_be_any_numbers(serve, model, task):
+    """Money often is a Decimal, which does not go with floats."""
+    limits = {"rpm": Decimal(600), "tpm": Fraction(10**6), "max_cost": Decimal(20)}
+    api = serve(**limits, input_cost=Decimal("0.15"), output_cost=1)
+    (result,) = api.run(task())
+
+    assert result["status"] == "COMPLETED"
+    assert api.get("/health")["budget"]["cap"] == 20
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -801,6 +813,8 @@ def test_a_task_that_was_called_before_may_wait_for_money(model, monkeypatch):
         {"max_cost": 0, "input_cost": 1},
         {"max_cost": 1, "input_cost": 1, "output_cost": -1},
         {"max_cost": 1, "input_cost": math.nan},
+        {"max_cost": 1, "input_cost": "much"},
+        {"tpm": [1]},
     ],
 )
 def test_limits_that_make_no_sense_are_refused(settings):
