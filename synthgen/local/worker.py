@@ -17,6 +17,7 @@ from collections import Counter, defaultdict, deque
 from typing import Any, Callable, DefaultDict, Deque, Dict, List, Optional, Tuple
 from urllib.parse import urlsplit
 
+from ..exceptions import ConfigurationError
 from .pace import Account, Budget, Call, Limits
 from .provider import CallPolicy, Kind, Outcome, Provider
 from .store import Result, Store, batch_number, now
@@ -92,11 +93,16 @@ class Workers:
         self._threads: List[threading.Thread] = []
 
     def start(self) -> None:
-        """Begin to run tasks."""
-        for provider in self._providers:
-            thread = threading.Thread(target=self._work, args=(provider,), name="synthgen-worker", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        """Begin to run tasks, once all threads are there."""
+        with self._changed:
+            for provider in self._providers:
+                thread = threading.Thread(target=self._work, args=(provider,), name="synthgen-worker", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as exc:
+                    self._is_closing = True
+                    raise ConfigurationError(f"{exc} for {self.count} workers: give fewer") from exc
+                self._threads.append(thread)
 
     def close(self) -> None:
         """Break off the calls that are running and end the threads; unfinished tasks stay PENDING in the store."""

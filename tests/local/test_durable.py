@@ -322,6 +322,28 @@ def test_a_server_that_cant_start_calls_nobody(serve, model, task, database):
     assert len(model.requests) == 1
 
 
+def test_more_workers_than_the_machine_has_threads_for_are_refused(serve, model, task, database, monkeypatch):
+    """Those that there are call nobody."""
+    model.answers(Answer(hold=threading.Event()))
+    api = serve(database=database)
+    api.submit(task())
+    model.wait_for_requests(1)
+    api.close()
+
+    monkeypatch.setattr("synthgen.local.worker.threading.Thread.start", _start_no_third_worker)
+    with pytest.raises(ConfigurationError, match="give fewer"):
+        serve(database=database, workers=3)
+
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("synthgen")]
+    assert len(model.requests) == 1
+
+
+def _start_no_third_worker(thread, start=threading.Thread.start):
+    if [thread.name for thread in (thread, *threading.enumerate())].count("synthgen-worker") == 3:
+        raise RuntimeError("can't start new thread")
+    start(thread)
+
+
 @pytest.mark.parametrize("content", [b"not a database at all" * 100, b"\x00" * 4096])
 def test_a_file_that_is_no_database_is_refused(serve, database, content):
     """And stays as it was."""
