@@ -65,6 +65,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _exit_code(args: argparse.Namespace) -> int:
+    """Run the command, and say on stderr what ended it early."""
     try:
         code: int = args.command(args)
         print(end="", flush=True)  # which does nothing where stdout is closed
