@@ -173,10 +173,13 @@ class BatchWait:
         batch, now = self.batch, time.monotonic()
         if self.submitted is not None and not self._is_unknown:
             return not self.waiting and self._seen.finished_tasks >= self.submitted and now >= self._not_before
-        if (batch is not None and not batch.done) or now - max(self._moved_at, self._not_before) < SETTLED_AFTER:
+        rested = now - max(self._moved_at, self._not_before)
+        if (batch is not None and not batch.done) or rested < SETTLED_AFTER:
             return False
         health = ask_health(self.client)
-        if health is None or not knows_queues(health) or health.services.batch_queue_messages:
+        if health is None or not knows_queues(health):  # nobody tells whether more is on its way
+            return batch is not None and rested >= self._stall_timeout
+        if health.services.batch_queue_messages:
             return False
         if batch is None:
             raise NotFoundError(f"batch {self.batch_id!r}: no such batch (was it deleted?)", status_code=404)

@@ -866,6 +866,18 @@ def test_a_batch_id_alone_waits_until_the_batch_queue_is_empty(clock, server, cl
     assert len(client.monitor_batch(batch_id=batch_id, show_progress=False)) == 3
 
 
+@pytest.mark.parametrize("hides", ["rabbitmq", "all"])
+def test_where_nobody_tells_of_the_queues_a_batch_has_ended_after_the_stall_time_out(clock, server, client, hides):
+    """RabbitMQ is down, or a proxy lets only the API through: more may be on its way, but not for ever."""
+    batch_id = upload(client, make_tasks(3))
+    if hides == "all":
+        server.answer("GET", "/health", server.play, PROXYS_404)
+    server.down = {"rabbitmq"}
+
+    assert len(client.monitor_batch(batch_id=batch_id, show_progress=False)) == 3
+    assert 300 <= clock.now < 310
+
+
 @pytest.mark.parametrize("tasks", [None, make_tasks(2)], ids=["alone", "with its tasks"])
 def test_an_unknown_batch_id_is_not_found(clock, server, client, tasks):
     """It may be on its way to the index: only after 6 s, and an empty batch queue, it is unknown."""
