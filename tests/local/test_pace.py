@@ -396,6 +396,7 @@ def test_each_of_several_answers_may_be_as_long_as_one(body, tokens):
         Answer({"error": "pay"}, 402),
         Answer({"error": {"code": "insufficient_quota", "message": "check your plan"}}, 429),
         Answer({"error": {"message": "Your credit balance is too low to access the API"}}, 400),
+        Answer({"error": {"message": "Quota exceeded for metric: free_tier_requests, limit: 0\nRetry in 7 s."}}, 429),
     ],
 )
 def test_without_an_account_no_more_calls_are_made(serve, model, task, answer):
@@ -429,6 +430,33 @@ def test_one_success_shows_that_there_is_an_account(serve, model, task):
 
     assert len(model.requests) == 40
     assert sum(result["status"] == "COMPLETED" for result in results) == 10
+
+
+def test_a_limit_that_is_not_0_is_a_refusal(serve, model, task):
+    """In the same words."""
+    refusal = Answer({"error": {"message": "Quota exceeded for metric: free_tier_requests, limit: 05"}}, 429)
+    model.answers(*[refusal] * 6, GOOD)
+    (result,) = serve().run(task())
+
+    assert result["status"] == "COMPLETED"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Request too large for gpt-4o: Limit 30000, Requested 33000.",
+        "Limit 30000, Requested 33000. The input or output tokens must be reduced in order to run successfully.",
+    ],
+)
+def test_a_call_that_no_minute_has_room_for_fails_with_the_providers_words(serve, model, task, words):
+    """It would be refused for ever."""
+    large = Answer({"error": {"message": words, "code": "rate_limit_exceeded"}}, 429)
+    model.answers(lambda request: large if b"large" in request.body else GOOD)
+    results = serve().run(task("large"), task("small"))
+
+    assert [result["status"] for result in results] == ["FAILED", "COMPLETED"]
+    assert words in results[0]["completions"]["error"]
+    assert len(model.requests) == 2
 
 
 # Away.
