@@ -4,6 +4,7 @@ An account is a provider's scheme, host and port, with a key: what providers cou
 what becomes of each call, under the workers' lock. Times are in seconds, by ``time.monotonic()``.
 """
 
+import logging
 import math
 import time
 from collections import OrderedDict, deque
@@ -12,6 +13,8 @@ from typing import Any, Deque, List, NamedTuple, Optional, Tuple
 from .._estimates import output_limit, prompt_characters, to_tokens
 from .provider import CallPolicy, Kind, Outcome, Told
 from .store import batch_number
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 #: So many calls in a row with no answer: the provider is away. So many denied: there is no account.
 _AWAY_AFTER = _DENIED_AFTER = 5
@@ -151,6 +154,8 @@ class Account:
         #: When the next call may start; until when none does, since when not, and why.
         self._next_at = self._paused_until = self._trouble_since = -math.inf
         self._trouble = ""
+        #: Whether the words of the refusal that goes on were logged.
+        self._is_logged = False
         #: While it is not known whether calls are taken again, one at a time: that one.
         self._is_probing = False
         self._probe: Optional[Call] = None
@@ -213,7 +218,7 @@ class Account:
             self._mean_tokens += (outcome.result.total_tokens - self._mean_tokens) / (8 if self._mean_tokens else 1)
             self._tokens.correct(call.tokens, outcome.result.total_tokens)
         if outcome.kind is Kind.REFUSED:
-            self._refuse(call, outcome.retry_after, now)
+            self._refuse(call, outcome, now)
         elif outcome.kind is Kind.FAILED:
             self._fail(call, outcome, now)
         else:
@@ -259,7 +264,8 @@ class Account:
         if self._denied == _DENIED_AFTER:
             self.verdict = f"{self.name} has denied {self._denied} calls in a row; the last: {outcome.error[:_WORDS]}"
 
-    def _refuse(self, call: Call, retry_after: float, now: float) -> None:
+    def _refuse(self, call: Call, outcome: Outcome, now: float) -> None:
+        retry_after = outcome.retry_after
         self._failed = self.rounds = 0
         self._requests.correct(call.request, 0)
         self._tokens.correct(call.tokens, 0)
@@ -269,9 +275,12 @@ class Account:
             self._pause("refuses calls", now, retry_after)
             return
         if not self._refused:
-            self._trouble_since = now
+            self._trouble_since, self._is_logged = now, False
         self._refused += 1
         self._refused_at = now
+        if not self._is_logged and (self._refused >= _LONG_REFUSED or retry_after > self._policy.longest_pause):
+            self._is_logged = True  # and not in `trouble`, which anybody may ask for: the words may hold the prompt
+            logger.warning("%s refuses calls: %s", self.name, outcome.error[:_WORDS])
         wait = self._policy.pause(self._refused, retry_after)
         is_long = retry_after > _LONG_WAIT if retry_after else self._refused >= _LONG_REFUSED
         is_known = self._per_minute < math.inf

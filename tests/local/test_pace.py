@@ -183,6 +183,20 @@ def test_what_a_provider_says_of_its_limit_is_kept_to():
     assert [round(late - early) for early, late in zip(times[1:], times[2:])] == [1, 1]
 
 
+@pytest.mark.parametrize("waits, logged", [([0.0] * 3, 0), ([0.0] * 9, 1), ([400.0] * 9, 1), ([0.0, 400.0], 1)])
+def test_the_words_of_a_long_trouble_are_logged_once(caplog, waits, logged):
+    """What is refused now and then is paced, and no news; health, which is open to anybody, shows no such words."""
+    paced, now = account(), 1000.0
+    for trouble in (1, 2):
+        refusals = [Outcome(Kind.REFUSED, "daily quota", retry_after=seconds) for seconds in waits]
+        for outcome in [*refusals, good()]:
+            now += paced.delay(Estimate(), now)
+            paced.ended(paced.start(Estimate(), 0.0, now), outcome, now)
+        assert len(caplog.records) == trouble * logged
+
+    assert caplog.messages == ["provider refuses calls: daily quota"] * 2 * logged
+
+
 def test_calls_that_are_refused_whatever_the_rate_do_not_stop_it():
     """A provider that refuses every tenth call by chance is not called slower and slower."""
     paced, now, calls = account(), 1000.0, 0
