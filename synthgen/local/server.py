@@ -76,6 +76,8 @@ class LocalServer:
         for name, limit in (("rpm", rpm), ("tpm", tpm), ("max_cost", max_cost)):
             if limit is not None and not _as_float(limit) > 0:
                 raise ConfigurationError(f"{name} must be more than 0, not {limit}")
+        if rpm is not None and float(rpm) < 1:  # a minute has room for one call at least
+            raise ConfigurationError(f"rpm must be at least 1, not {rpm}")
         for name, price in (("input_cost", input_cost), ("output_cost", output_cost)):
             if not 0 <= _as_float(price) < math.inf:
                 raise ConfigurationError(f"{name} must be a price from 0 on, not {price}")

@@ -851,6 +851,7 @@ def test_limits_and_prices_may_be_any_numbers(serve, model, task):
     [
         {"max_cost": 1.0},
         {"rpm": 0},
+        {"rpm": 0.5},
         {"tpm": -1},
         {"max_cost": 0, "input_cost": 1},
         {"max_cost": 1, "input_cost": 1, "output_cost": -1},
