@@ -228,11 +228,14 @@ class Account:
 
     def trouble(self, now: float) -> Optional[str]:
         """What is wrong, since when, and until when nothing is called; None where all is well."""
-        is_idle = not self._running and self.waiting.first() is None
-        if is_idle or self.verdict is not None or not (self._is_probing or now < self._paused_until):
+        is_waiting = self.waiting.first() is not None
+        if self.verdict is not None or not (self._running or is_waiting):
             return None
-        until = f"no call before {_clock(self._paused_until)}" if now < self._paused_until else "a call tries it again"
-        return f"{self.name} {self._trouble} since {_clock(self._trouble_since)}: {until}"
+        if not (self._is_probing or now < self._paused_until):
+            is_far = is_waiting and self._next_at - now > self._policy.window  # a limit by the minute is no news
+            return f"{self.name} is near its limit: no call before {clock(self._next_at)}" if is_far else None
+        until = f"no call before {clock(self._paused_until)}" if now < self._paused_until else "a call tries it again"
+        return f"{self.name} {self._trouble} since {clock(self._trouble_since)}: {until}"
 
     def reopen(self) -> None:
         """More tasks have come: perhaps the account is in order by now."""
@@ -335,7 +338,7 @@ class Account:
         is_over = not has_answered or now - self._trouble_since > policy.given_up_after
         if is_over and self.is_away and self.rounds > policy.retries:
             has_ended = "no longer answers" if has_answered else "has never answered"
-            tried = f"tried {self.rounds} times since {_clock(self._trouble_since)}"
+            tried = f"tried {self.rounds} times since {clock(self._trouble_since)}"
             self.verdict = f"{self.name} {has_ended}, {tried}; the last: {outcome.error[:_WORDS]}"
 
     def _pause(self, why: str, now: float, seconds: float) -> None:
@@ -392,6 +395,7 @@ class Budget:
         return (0, 0) if self.cap is None else (prompt, self._largest_output if limit is None else limit)
 
 
-def _clock(moment: float) -> str:
+def clock(moment: float) -> str:
+    """The time of day, and the date, at a moment by ``time.monotonic()``."""
     seconds = min(time.time() + moment - time.monotonic(), 32503680000)  # in the year 3000: some can say no later one
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

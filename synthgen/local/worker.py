@@ -18,7 +18,7 @@ from typing import Any, Callable, DefaultDict, Deque, Dict, List, Optional, Tupl
 from urllib.parse import urlsplit
 
 from ..exceptions import ConfigurationError
-from .pace import Account, Budget, Call, Limits
+from .pace import Account, Budget, Call, Limits, clock
 from .provider import CallPolicy, Kind, Outcome, Provider
 from .store import Result, Store, batch_number, now
 
@@ -156,7 +156,10 @@ class Workers:
             repeating = sum(task.is_repeating for task in self._out.values())
             if repeating:
                 count = f"calls that failed and will be made again: {repeating:,}"
-                troubles.append(f"{count}; the last: {self._last_error}")
+                dues = [due for due, task_id, _ in self._waiting if task_id in self._out]
+                is_long = len(dues) >= repeating and min(dues) - moment > self._policy.longest_pause  # all wait
+                until = f"; no call before {clock(min(dues))}" if is_long else ""
+                troubles.append(f"{count}; the last: {self._last_error}{until}")
             spent, cap = self._budget.spent, self._budget.cap
             is_idle = not (self._budget.running or self._queued or self._waiting)
             waiting = unfinished if is_idle and any(task.id in self._out for task in self._unaffordable) else 0

@@ -561,6 +561,32 @@ def test_trouble_lasts_until_calls_may_start():
     assert paced.trouble(now + 1014) is None
 
 
+def test_health_says_how_long_a_limit_in_the_headers_holds_tasks_up():
+    """Of fifty calls a day each waits for half an hour; one that waits for less than a minute is no news."""
+    paced, now = account(), 1000.0
+    told = Told("requests", limit=50, remaining=0, full_in=86400)
+    paced.ended(paced.start(Estimate(), 0.0, now), good(0, told), now)
+    paced.ended(paced.start(Estimate(), 0.0, now), good(0, told), now)
+    assert paced.trouble(now) is None  # nothing waits
+    paced.waiting.append(SimpleNamespace(id=1))
+
+    assert paced.delay(Estimate(), now) > 1700
+    assert "no call before" in paced.trouble(now)
+    assert paced.trouble(now + 1720) is None
+
+
+def test_health_says_until_when_a_task_has_to_wait(serve, model, task):
+    """Its provider failed, and asked for a long pause."""
+    model.answers(Answer({"error": "oops"}, 500, {"Retry-After": "4000"}))
+    api = serve()
+    api.submit(task())
+    deadline = time.monotonic() + DEADLINE
+    while api.get("/health")["error"] is None:
+        assert time.monotonic() < deadline
+
+    assert re.search("Server error .*; no call before 20", api.get("/health")["error"])
+
+
 def test_a_task_that_always_fails_has_its_own_tries(serve, model, task):
     """The provider is not away: the other tasks complete, and this one fails."""
     api = serve(workers=2)
