@@ -115,9 +115,9 @@ class Workers:
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0))
         with self._changed:
-            for task in [task for task in self._out.values() if self._unstored.get(task.id)]:
-                if task.result is not None:
-                    self._end(task, task.result)  # perhaps there is room by now
+            for _, task_id, store_again in self._waiting:
+                if self._unstored.get(task_id):
+                    store_again()  # perhaps there is room by now
 
     def added(self, first_task: int) -> None:
         """Tasks were added to a batch; the first of them is this row id."""
