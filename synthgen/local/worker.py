@@ -72,8 +72,8 @@ class Workers:
         self._is_closing = False
         #: Batches with tasks still to be read, each with the row id that was read last; the next one to read first.
         self._unread = dict.fromkeys(store.unfinished_batches(), 0)
-        #: Whether tasks were added since tasks were last read.
-        self._has_news = False
+        #: After so many calls tasks are read, whatever waits to be called: those of a new batch may go first.
+        self._until_read = 0
         #: The tasks that are out of the database, by row id, and how many of each batch are.
         self._out: Dict[int, _Task] = {}
         self._out_per_batch: Counter[int] = Counter()
@@ -124,7 +124,7 @@ class Workers:
         with self._changed:
             batch, before = batch_number(first_task), first_task - 1
             self._unread[batch] = min(self._unread.get(batch, before), before)  # uploads may tell in any order
-            self._has_news = True
+            self._until_read = 0
             for account in self._accounts.values():
                 account.reopen()
             self._changed.notify()
@@ -206,12 +206,10 @@ class Workers:
                 moment = time.monotonic()
                 while self._waiting and self._waiting[0][0] <= moment:
                     heapq.heappop(self._waiting)[2]()
-                # What is new is read first, or a small batch would wait for all that is to be called already.
-                task, delay = (None, 0.0) if self._has_news else self._next(moment)
+                task, delay = self._next(moment) if self._until_read > 0 else (None, 0.0)
                 if task is not None:
                     self._changed.notify()  # one thread wakes the next, while there is something to do
                     return task
-                self._has_news = False
                 try:
                     pause = 0.0 if self._read() else delay
                 except sqlite3.Error as exc:
@@ -235,8 +233,8 @@ class Workers:
                     break
                 account.waiting.pop()
                 if task.id in self._out and self._start(task, moment):
-                    del self._queued[account]
-                    self._queued[account] = None  # behind the others
+                    self._until_read -= 1
+                    self._queued[account] = self._queued.pop(account)  # behind the others
                     return task, 0.0
             else:
                 del self._queued[account]  # nothing waits for it any more
@@ -315,6 +313,7 @@ class Workers:
     def _read(self) -> int:
         """Take a few tasks out of the store, of each batch in its turn; gives how many."""
         wanted, count = 2 * self.count, 0
+        self._until_read = wanted
         share = max(wanted // max(len(self._unread), 1), 1)
         for batch, after in list(self._unread.items()):
             limit = min(share, max(16 * self.count, _MAX_OUT) - self._out_per_batch[batch])

@@ -136,6 +136,21 @@ def test_a_small_batch_does_not_wait_for_what_a_large_one_holds(pace, model, tas
     assert api.batch(large)["completed_tasks"] < 40
 
 
+def test_a_small_batch_does_not_wait_for_what_has_piled_up_for_another_account(serve, model, task):
+    """While a provider was away, many tasks were read for it; those that come for another one take turns with them."""
+    api, hold = serve(workers=1), threading.Event()
+    refusal = Answer({"error": "slow down"}, 429, {"Retry-After": "0.5"})
+    model.answers(refusal, *[GOOD] * 8, Answer(GOOD, hold=hold), GOOD)
+    api.submit(*[task(f"large {number}", api_key="large") for number in range(300)])
+    model.wait_for_requests(10)
+    small = api.submit(*[task(f"small {number}") for number in range(10)])
+    hold.set()
+    api.wait(small)
+
+    assert model.prompts().index("small 0") <= 12
+    assert model.prompts().index("small 9") <= 50
+
+
 # A pace, by a clock of its own.
 
 

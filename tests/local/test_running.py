@@ -432,20 +432,6 @@ def test_the_result_of_a_batch_deleted_meanwhile_is_dropped(api, model, task):
     assert api.get("/api/v1/tasks/stats")["total_tasks"] == 1
 
 
-def test_a_small_batch_does_not_wait_for_what_a_refusal_has_kept_waiting(serve, model, task):
-    """All of the large one may be out of the database by then."""
-    hold = threading.Event()
-    model.answers(Answer({}, 429, {"Retry-After": "0.5"}), Answer({"choices": []}, hold=hold), Answer({"choices": []}))
-    api = serve(workers=1)
-    api.submit(*[task(str(number)) for number in range(100)])
-    model.wait_for_requests(2)
-    small = api.submit({**task("small"), "api_key": "other"})
-    hold.set()
-    api.wait(small)
-
-    assert model.prompts().index("small") <= 3
-
-
 def test_a_small_batch_does_not_wait_for_a_large_one(serve, model, task):
     """Batches take turns: a batch submitted second ends long before a large first one."""
     api = serve(workers=2)
