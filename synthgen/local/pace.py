@@ -367,32 +367,27 @@ class Budget:
         #: What the calls that run may cost, each.
         self.running: List[float] = []
 
+    def tokens(self, estimate: Estimate) -> Tuple[int, int]:
+        """What a call may use, of the prompt and the output, as far as is known when it starts."""
+        prompt, limit = estimate
+        return prompt, self._largest_output if limit is None else limit
+
     def reserve(self, estimate: Estimate) -> Optional[float]:
         """Put aside what a call may cost: so much, or None if there is no room for it."""
-        prompt, limit = estimate
-        cost = self._limits.cost(prompt, self._largest_output if limit is None else limit)
+        cost = self._limits.cost(*self.tokens(estimate))
         if self.cap is not None and self.spent + sum(self.running) + cost > self.cap * (1 + 1e-9):
             return None
         self.running.append(cost)
         return cost
 
-    def ended(self, cost: float, estimate: Estimate, outcome: Outcome) -> Tuple[int, int]:
-        """A call has ended, for which so much was put aside; one that does not tell its tokens cost that.
-
-        Returns:
-            The prompt and the output tokens that it then counts for, where there is a cap; else 0.
-        """
+    def ended(self, cost: float, outcome: Outcome) -> None:
+        """A call has ended, for which so much was put aside; one that does not tell its tokens cost that."""
         self.running.remove(cost)
         result = outcome.result
-        if result is None:
-            return 0, 0
-        self._largest_output = max(self._largest_output, result.completion_tokens)
-        if result.total_tokens:
-            self.spent += self._limits.cost(result.prompt_tokens, result.completion_tokens)
-            return 0, 0
-        self.spent += cost
-        prompt, limit = estimate
-        return (0, 0) if self.cap is None else (prompt, self._largest_output if limit is None else limit)
+        if result is not None:
+            self._largest_output = max(self._largest_output, result.completion_tokens)
+            used = self._limits.cost(result.prompt_tokens, result.completion_tokens)
+            self.spent += used if result.total_tokens else cost
 
 
 def clock(moment: float) -> str:

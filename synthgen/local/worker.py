@@ -250,7 +250,7 @@ class Workers:
             self._unaffordable.append(task)
             return False
         task.call = task.account.start(task.estimate, cost, moment, task.failed_at)
-        task.started_at = task.started_at or now()
+        task.started_at, task.untold = task.started_at or now(), self._budget.tokens(task.estimate)
         return True
 
     def _queue(self, task: _Task) -> None:
@@ -265,7 +265,9 @@ class Workers:
         """What a call has come to: the task's result, or another try."""
         account = task.account
         account.ended(task.call, outcome, time.monotonic())
-        task.untold = self._budget.ended(task.call.cost, task.estimate, outcome)
+        self._budget.ended(task.call.cost, outcome)
+        if self._budget.cap is None or outcome.result is None or outcome.result.total_tokens:
+            task.untold = 0, 0
         while self._unaffordable:
             self._queue(self._unaffordable.popleft())
         error = outcome.error

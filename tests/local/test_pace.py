@@ -839,6 +839,23 @@ def test_an_answer_that_does_not_tell_its_tokens_counts_for_the_most_it_may_have
     assert len(model.requests) == 4
 
 
+def test_what_an_answer_counts_for_is_what_was_put_aside_for_it(serve, model, task, tmp_path):
+    """Whatever others have taken meanwhile; before and after a restart."""
+    settings, hold = {"database": tmp_path / "tasks.db", "max_cost": 100.0, "output_cost": 1000.0}, threading.Event()
+    long = {**GOOD, "usage": {"prompt_tokens": 0, "completion_tokens": 5000, "total_tokens": 5000}}
+    model.answers(lambda request: Answer({"choices": []}, hold=hold) if model.prompt(request) == "untold" else long)
+    api = serve(**settings)
+    batch_id = api.submit(task("untold"))
+    model.wait_for_requests(1)
+    api.run(task("long"))
+    hold.set()
+    api.wait(batch_id)
+    before = api.get("/health")["budget"]["spent"]
+    api.close()
+
+    assert before == serve(**settings).get("/health")["budget"]["spent"] == 6.0
+
+
 def test_the_client_says_that_the_money_is_used_up(model, monkeypatch):
     """With what was spent, the cap, and how many tasks wait."""
     monkeypatch.setattr("synthgen._waiting._ASK_AFTER", 0.05)
