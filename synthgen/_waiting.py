@@ -178,7 +178,7 @@ class BatchWait:
             return False
         health = ask_health(self.client)
         if health is None or not knows_queues(health):  # nobody tells whether more is on its way
-            return batch is not None and rested >= self._stall_timeout
+            return batch is not None and now - max(self._quiet_since, self._not_before) >= self._stall_timeout
         if health.services.batch_queue_messages:
             return False
         if batch is None:

@@ -874,8 +874,11 @@ def test_where_nobody_tells_of_the_queues_a_batch_has_ended_after_the_stall_time
         server.answer("GET", "/health", server.play, PROXYS_404)
     server.down = {"rabbitmq"}
 
+    clock.at(3, lambda: setattr(server, "away", DROP))
+    clock.at(400, lambda: setattr(server, "away", None))  # the time that it was away for is no rest
+
     assert len(client.monitor_batch(batch_id=batch_id, show_progress=False)) == 3
-    assert 300 <= clock.now < 310
+    assert 690 <= clock.now < 710
 
 
 @pytest.mark.parametrize("tasks", [None, make_tasks(2)], ids=["alone", "with its tasks"])
