@@ -62,7 +62,7 @@ def check_status(response: requests.Response, what: str, api_key: Optional[str])
         raise RateLimitError(message, status_code=status, response=error, retry_after=retry_after)
     kind = _KINDS.get(status, ServerError if status >= 500 else InvalidRequestError)
     if status == 413 and what.startswith("POST"):
-        message += ". Uploads are too large for it: give a smaller chunk_size (--chunk-size)"
+        message += ". Uploads are too large for it: give a smaller chunk_size (--chunk-size), from the first on"
     if kind is AuthenticationError and not api_key:
         message += '. No API key was given: pass api_key=..., set SYNTHGEN_API_KEY, or put "api_key" into a config file'
     raise kind(message, status_code=status, response=error)

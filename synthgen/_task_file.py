@@ -118,7 +118,7 @@ def _join(provider: str, url: str) -> str:
         path = ""
     elif base.endswith("/v1") and path.startswith("/v1/"):
         base = base[: -len("/v1")]
-    return base + path + mark + query
+    return base + path + ("&" if mark and "?" in path else mark) + query
 
 
 def _reason(exc: Exception) -> str:

@@ -808,7 +808,8 @@ def _naming_batch(batch_id: str, options: RunOptions) -> Iterator[None]:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"batch {batch_id!r} goes on; come back to it with {how}") from None
     except OSError as exc:
-        exc.strerror = f"{exc.strerror}{not_lost}"
+        if exc.strerror:  # not a time-out of ours, which says so itself
+            exc.strerror += not_lost
         raise
     except APIError as exc:
         if not (isinstance(exc, NotFoundError) and is_not_ingested(exc)):  # else it is gone

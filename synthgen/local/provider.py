@@ -33,11 +33,11 @@ _MAX_ANSWER_BYTES = 64 << 20
 _MAX_ERROR_CHARACTERS = 8 << 10
 _NO_ACCOUNT = re.compile(
     "insufficient[_ ](quota|balance|credits?|funds)|billing_(hard_limit_reached|not_active)|credit balance is too low|"
-    "quota exceeded for metric: [^,]*, limit: 0\\b",  # as Gemini says that a model is not in the plan
+    "quota exceeded for metric: [^,]*, limit: 0(?![.\\d])",  # as Gemini says that a model is not in the plan
     re.IGNORECASE,
 )
 #: As OpenAI says that a call is larger than what it allows in a minute.
-_TOO_LARGE = re.compile("request too large|must be reduced", re.IGNORECASE)
+_TOO_LARGE = re.compile("request too large for|tokens must be reduced", re.IGNORECASE)
 _TOLD = ("x-ratelimit-{1}-{0}", "anthropic-ratelimit-{0}-{1}")
 #: A duration as OpenAI writes it, such as 6m0s or 20ms; a bare number is seconds.
 _DURATION = re.compile(r"([\d.]+)(ms|[dhms]|$)")

@@ -115,7 +115,7 @@ class Workers:
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0))
         with self._changed:
-            for _, task_id, store_again in self._waiting:
+            for _, task_id, store_again in list(self._waiting):
                 if self._unstored.get(task_id):
                     store_again()  # perhaps there is room by now
 
