@@ -435,30 +435,13 @@ def test_a_result_that_meets_a_full_disk_is_kept(api, model, task):
     assert api.ask("GET", "/health").status_code == 200
 
 
-def test_no_call_is_made_while_results_can_not_be_stored(api, model, task):
-    """Each would be paid for, and made again if the server ended before there is room."""
-    hold = threading.Event()
-    model.answers(Answer({"choices": ["x" * 100_000]}, hold=hold))
-    batch_id = api.submit(*[task(str(number)) for number in range(200)])
-    model.wait_for_requests(1)
-    set_pragma(api, "max_page_count = 1")
-    hold.set()
-    wait_until_unhealthy(api)
-    threading.Event().wait(0.5)  # in which all the others could be called
-    made = len(model.requests)
-    set_pragma(api, "max_page_count = 1000000")
-    batch = api.wait(batch_id)
-
-    assert made < 200
-    assert batch["completed_tasks"] == len(model.requests) == 200
-
-
-def test_one_result_that_finds_room_lets_no_call_be_made_while_others_find_none(api, model, task):
-    """Those that wait for room would be made again, should the server end before."""
+@pytest.mark.parametrize("finds_room", ["none", "some"])
+def test_no_call_is_made_while_results_can_not_be_stored(api, model, task, finds_room):
+    """Each would be paid for, and made again if the server ended before there is room for all, large ones too."""
     hold = threading.Event()
     large, small = Answer({"choices": ["x" * 100_000]}, hold=hold), Answer({"choices": []}, hold=hold)
-    model.answers(*[large, small] * 10, small)
-    batch_id = api.submit(*[task(str(number)) for number in range(100)])
+    model.answers(*([large, small] * 10 + [small] if finds_room == "some" else [large]))
+    batch_id = api.submit(*[task(str(number)) for number in range(200)])
     model.wait_for_requests(16)
     set_pragma(api, "max_page_count = 1")
     hold.set()
@@ -469,7 +452,7 @@ def test_one_result_that_finds_room_lets_no_call_be_made_while_others_find_none(
     batch = api.wait(batch_id)
 
     assert made <= 2 * 16
-    assert batch["completed_tasks"] == len(model.requests) == 100
+    assert batch["completed_tasks"] == len(model.requests) == 200
 
 
 def test_no_more_answers_than_there_are_workers_wait_to_be_stored(serve, model, task):
